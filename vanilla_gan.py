@@ -172,7 +172,7 @@ if __name__ == "__main__":
         held_out = to_pixels(normalize(load_images(train=False)[::5][:len(images)].to(device)))  # 2,000, not trained on
         real = to_pixels(normalize(images[:len(held_out)]))
         real_distance = sliced_wasserstein(real, held_out)  # as near as real pictures come
-        noise = torch.randn(2000, NOISE_DIM, generator=torch.Generator().manual_seed(config.SEED)).to(device)
+        noise = torch.randn(max(64, len(held_out)), NOISE_DIM, generator=torch.Generator().manual_seed(config.SEED)).to(device)
         steps = len(images) // BATCH_SIZE  # in an epoch; the few images left over have their turn in another epoch
         first = done * steps + 1 if done else 0  # curves count steps; drop what a killed run wrote after its checkpoint
         writer = SummaryWriter(runs_path, purge_step=first)

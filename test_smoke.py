@@ -1,0 +1,438 @@
+"""Run the scripts as a user does, on a few hundred real images, and look at what they leave behind.
+
+Each test works in a folder of its own that holds a copy of one script, config.py and a cut of MNIST. Settings are
+changed the way a user changes them: by replacing the value on their line. No test reaches the network.
+"""
+import contextlib
+import gzip
+import importlib
+import io
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.io import read_image
+
+HERE = Path(__file__).parent
+# Each script with the settings that make it small; its other settings stay as they are.
+SCRIPTS = {
+    "vanilla_gan": {"BATCH_SIZE": 32},
+}
+TRAIN_IMAGES, TEST_IMAGES = 320, 100
+OFFLINE = "import socket\ndef refuse(*_, **__): raise OSError('no network in tests')\n" \
+          "socket.socket.connect = socket.getaddrinfo = refuse\n"
+
+
+# ---- Helpers ---------------------------------------------------------------------------------------------------------
+def edit(path, **settings):
+    """Replace the values of settings, each on the one line that sets it."""
+    text = path.read_text(encoding="utf-8")
+    for name, value in settings.items():
+        text, count = re.subn(rf"^{name} = .*?(?=  #|$)", lambda _: f"{name} = {value!r}", text, flags=re.MULTILINE)
+        assert count == 1, f"{name} is set on {count} lines of {path.name}"
+    path.write_text(text, encoding="utf-8")
+
+
+def insert(path, line, before):
+    """Insert a line of code before the one line of the script that starts with `before`, at the same indentation."""
+    text = path.read_text(encoding="utf-8")
+    text, count = re.subn(rf"^( *){re.escape(before)}", lambda m: f"{m[1]}{line}\n{m[0]}", text, flags=re.MULTILINE)
+    assert count == 1, f"{before!r} starts {count} lines of {path.name}"
+    path.write_text(text, encoding="utf-8")
+
+
+def run(script):
+    """Run `python script` from another folder and return the finished process; no network, one thread."""
+    env = {**os.environ, "PYTHONPATH": str(script.parent / "offline"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(script)], cwd=script.parent.parent, env=env, text=True,
+                          capture_output=True, timeout=120)
+
+
+def run_here(script):
+    """Run the script within this process, which saves importing torch again; return (message of sys.exit, output)."""
+    before, threads, output = signal.getsignal(signal.SIGINT), torch.get_num_threads(), io.StringIO()
+    torch.set_num_threads(1)
+    sys.modules.pop("config", None)
+    sys.path.insert(0, str(script.parent))
+    try:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+            patch.setattr(socket.socket, "connect", lambda *_: (_ for _ in ()).throw(OSError("no network in tests")))
+            patch.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(OSError("no network in tests")))
+            runpy.run_path(str(script), run_name="__main__")
+        message = None
+    except SystemExit as stop:
+        message = stop.code
+    finally:
+        sys.path.remove(str(script.parent))
+        sys.modules.pop("config", None)
+        torch.set_num_threads(threads)
+        signal.signal(signal.SIGINT, before)
+    return message, output.getvalue()
+
+
+def refused(script):
+    """Run the script, which must refuse with one line; return that line."""
+    message, _ = run_here(script)
+    assert isinstance(message, str) and len(message.splitlines()) == 1, message
+    return message
+
+
+def same(a, b):
+    """Tell whether two checkpoints are equal, bit for bit."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def load(script):
+    return torch.load(script.parent / "checkpoints" / f"{script.stem}.pt", weights_only=True)
+
+
+def curves(script):
+    """Return what TensorBoard shows of the run: {tag: [(step, value), ...]}, and the steps of its pictures."""
+    events = EventAccumulator(str(script.parent / "runs" / script.stem), size_guidance={"images": 0}).Reload()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return scalars, {tag: [e.step for e in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def snapshot(folder):
+    """Return every file a run left, with its content."""
+    return {path: path.read_bytes() for part in ("checkpoints", "samples", "runs")
+            for path in (folder / part).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def small_mnist(tmp_path_factory):
+    """Cut the first images out of the tracked archives, in MNIST's own format."""
+    raw = tmp_path_factory.mktemp("mnist")
+    for name, count in ("train", TRAIN_IMAGES), ("t10k", TEST_IMAGES):
+        for kind, header, size in ("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1):
+            with gzip.open(HERE / "data" / "MNIST" / "raw" / f"{name}-{kind}-ubyte.gz") as file:
+                start, images = bytearray(file.read(header)), file.read(count * size)
+            start[4:8] = count.to_bytes(4, "big")
+            (raw / f"{name}-{kind}-ubyte").write_bytes(start + images)
+    return raw
+
+
+@pytest.fixture(scope="session")
+def place(small_mnist, tmp_path_factory):
+    """Return a function that puts a shrunk copy of a script into a new folder, under its own or another name."""
+    def place(name, copy=None, **settings):
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copytree(small_mnist, folder / "data" / "MNIST" / "raw")
+        shutil.copy(HERE / "config.py", folder)
+        script = Path(shutil.copy(HERE / f"{name}.py", folder / f"{copy or name}.py"))
+        (folder / "offline").mkdir()
+        (folder / "offline" / "sitecustomize.py").write_text(OFFLINE)
+        edit(script, **{"EPOCHS": 4, "LOG_EVERY": 3, **SCRIPTS[name], **settings})
+        return script
+    return place
+
+
+@pytest.fixture(scope="session")
+def trained(place):
+    """Return a function that gives a script trained for 4 epochs without a stop; nobody may write beside it."""
+    made = {}
+
+    def trained(name):
+        if name not in made:
+            script = place(name)
+            made[name] = script, run(script)
+        return made[name]
+    return trained
+
+
+@pytest.fixture
+def copy_of(trained, tmp_path):
+    """Return a function that gives a trained script with all its results, in a folder that the test may change."""
+    def copy_of(name):
+        script, _ = trained(name)
+        shutil.copytree(script.parent, tmp_path / name)
+        return tmp_path / name / script.name
+    return copy_of
+
+
+each_script = pytest.mark.parametrize("name", SCRIPTS)
+
+
+# ---- A run and what it leaves ----------------------------------------------------------------------------------------
+@each_script
+def test_training_leaves_what_it_promises(name, trained):
+    script, process = trained(name)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert len(lines) == 5 and "\r" not in process.stdout  # what is done, then one line an epoch
+    assert all(f"epoch {i}/4" in lines[i] for i in range(1, 5))
+
+    checkpoint = load(script)
+    assert checkpoint["epoch"] == 4
+    assert checkpoint["settings"]["EPOCHS"] == 4 and checkpoint["settings"]["SEED"] == 0
+    assert sum("optimizer" in key for key in checkpoint) == 2
+    tensors = [tensor for key in ("generator", "discriminator", "critic") for tensor in checkpoint.get(key, {}).values()]
+    assert len(tensors) > 8 and all(tensor.isfinite().all() for tensor in tensors)
+
+    samples = script.parent / "samples" / name
+    assert sorted(path.name for path in samples.iterdir()) == [f"epoch_000{i}.png" for i in range(5)] + ["real.png"]
+    pictures = [read_image(str(samples / f"epoch_000{i}.png")) for i in range(5)]
+    assert all(not torch.equal(a, b) for a, b in zip(pictures, pictures[1:]))
+
+
+@each_script
+def test_tensorboard_shows_all_curves(name, trained):
+    script, _ = trained(name)
+    scalars, images = curves(script)
+    steps = TRAIN_IMAGES // load(script)["settings"]["BATCH_SIZE"]
+    own = {"loss/critic", "critic/wasserstein_distance", "critic/gradient_norm", "critic/gradient_penalty"} \
+        if "wgan" in name else {"loss/discriminator", "prob/real", "prob/fake"}
+    assert set(scalars) == own | {"loss/generator", "quality/sliced_wasserstein", "speed/images_per_second"}
+    for tag, points in scalars.items():
+        ends = [steps * epoch for epoch in range(1, 5)]
+        if not tag.startswith(("quality", "speed")):
+            ends = [(epoch * steps) + min(i + 3, steps) for epoch in range(4) for i in range(0, steps, 3)]
+        assert [step for step, _ in points] == ends, tag
+        assert all(value == value and abs(value) < 1e9 for _, value in points), tag
+        if tag.startswith("prob"):
+            assert all(0 <= value <= 1 for _, value in points), tag
+    assert images == {"images/real": [0], "images/fake": [steps * epoch for epoch in range(5)]}
+
+
+# ---- Resume ----------------------------------------------------------------------------------------------------------
+@each_script
+def test_two_epochs_and_two_more_equal_four(name, trained, place):
+    script = place(name, EPOCHS=2)
+    assert run_here(script)[0] is None
+    assert load(script)["epoch"] == 2
+    edit(script, EPOCHS=4)
+    assert run_here(script)[0] is None
+    check_same_as_never_stopped(script, trained(name)[0])
+
+
+@each_script
+@pytest.mark.parametrize("moment", ["if time.perf_counter() - shown", "torch.save("])
+def test_killed_in_the_third_epoch_and_started_again(name, moment, trained, place):
+    script = place(name)
+    text = script.read_text(encoding="utf-8")
+    insert(script, "if epoch == 3: import os; os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))", moment)
+    assert run(script).returncode != 0
+    assert load(script)["epoch"] == 2
+    script.write_text(text, encoding="utf-8")
+    assert "epochs 3 to 4" in run(script).stdout
+    check_same_as_never_stopped(script, trained(name)[0])
+
+
+def check_same_as_never_stopped(script, straight):
+    assert same(load(script), load(straight))
+    scalars, images = curves(script)
+    expected, expected_images = curves(straight)
+    del scalars["speed/images_per_second"], expected["speed/images_per_second"]
+    assert scalars == expected and images == expected_images
+    for path in (straight.parent / "samples" / straight.stem).iterdir():
+        assert path.read_bytes() == (script.parent / "samples" / script.stem / path.name).read_bytes()
+
+
+@each_script
+def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(name, place):
+    script = place(name)
+    insert(script, "if epoch == 2: signal.raise_signal(signal.SIGINT)", "history[step - 1] =")
+    process = run(script)
+    assert process.returncode == 1
+    assert len(process.stderr.splitlines()) == 1 and "LOAD = True" in process.stderr
+    assert load(script)["epoch"] == 1
+
+
+# ---- Test ------------------------------------------------------------------------------------------------------------
+@each_script
+def test_one_flip_draws_samples_and_changes_nothing(name, copy_of):
+    script = copy_of(name)
+    before = snapshot(script.parent)
+    edit(script.parent / "config.py", TEST=True)
+    assert run(script).returncode == 0
+    after = snapshot(script.parent)
+    assert {path.name for path in set(after) - set(before)} == {"test.png", "interpolation.png", "nearest.png"}
+    assert all(after[path] == before[path] for path in before)
+
+    edit(script.parent / "config.py", TRAIN=False)  # TEST alone draws the same
+    assert run_here(script)[0] is None
+    assert snapshot(script.parent) == after
+
+
+@each_script
+def test_nearest_shows_training_images(name, copy_of, small_mnist):
+    script = copy_of(name)
+    edit(script.parent / "config.py", TEST=True)
+    assert run_here(script)[0] is None
+    samples = script.parent / "samples" / name
+    size = (read_image(str(samples / "test.png")).shape[1] - 2) // 8 - 2
+    tiles = read_image(str(samples / "nearest.png"))[:1, 2:, 2:].unfold(1, size, size + 2).unfold(2, size, size + 2)[0]
+    drawn = read_image(str(samples / "test.png"))[:1, 2:, 2:].unfold(1, size, size + 2).unfold(2, size, size + 2)[0]
+    real = torch.frombuffer(bytearray((small_mnist / "train-images-idx3-ubyte").read_bytes()[16:]), dtype=torch.uint8)
+    real = real.view(-1, 1, 28, 28).float()
+    if size != 28:
+        real = torch.nn.functional.interpolate(real, size=size, mode="bilinear")
+    assert torch.equal(tiles[0::2], drawn)
+    for sample, shown in zip(tiles[0::2].flatten(0, 1).float(), tiles[1::2].flatten(0, 1).float()):
+        distances = (real[:, 0] - sample).pow(2).sum(dim=(1, 2))
+        assert (real[:, 0] - shown).abs().amax(dim=(1, 2)).min() <= 1  # it is a training image,
+        assert (shown - sample).pow(2).sum() <= 1.01 * distances.min() + 100  # and none is nearer
+
+
+# ---- Keeping apart, starting over ------------------------------------------------------------------------------------
+@each_script
+def test_a_copy_keeps_its_results_apart(name, copy_of):
+    script = copy_of(name)
+    before = snapshot(script.parent)
+    copy = Path(shutil.copy(script, script.with_name("my_first.gan.py")))
+    edit(copy, EPOCHS=1)
+    assert run_here(copy)[0] is None
+    after = snapshot(script.parent)
+    assert all(after[path] == before[path] for path in before)
+    assert load(copy)["epoch"] == 1 and load(copy)["settings"]["NAME"] == "my_first.gan"
+    assert (script.parent / "samples" / "my_first.gan" / "epoch_0001.png").exists()
+    assert (script.parent / "runs" / "my_first.gan").exists()
+
+
+@each_script
+def test_load_false_starts_over(name, copy_of):
+    script = copy_of(name)
+    first = load(script)
+    edit(script.parent / "config.py", LOAD=False)
+    assert "epoch 1/4" in run_here(script)[1]
+    assert same(load(script), first)  # and the same seed gives the same run
+    scalars, images = curves(script)
+    assert len(scalars["quality/sliced_wasserstein"]) == 4 and len(images["images/real"]) == 1
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+@each_script
+def test_bad_input_ends_with_status_1_and_one_line(name, place):
+    script = place(name, BATCH_SIZE=0)
+    process = run(script)
+    assert process.returncode == 1 and process.stdout == ""
+    assert len(process.stderr.splitlines()) == 1 and "BATCH_SIZE is 0" in process.stderr
+
+
+@each_script
+@pytest.mark.parametrize("settings, named", [
+    ({"BATCH_SIZE": TRAIN_IMAGES + 1}, "320"), ({"BATCH_SIZE": 1.5}, "BATCH_SIZE"), ({"EPOCHS": -1}, "EPOCHS"),
+    ({"NOISE_DIM": 0}, "NOISE_DIM"), ({"LEARNING_RATE": -1.0}, "learning rate"), ({"BETAS": (0.5, 1.5)}, "beta"),
+])
+def test_impossible_settings_are_refused(name, settings, named, place):
+    script = place(name, **settings)
+    assert named in refused(script)
+    assert not (script.parent / "checkpoints" / f"{name}.pt").exists()
+
+
+@each_script
+@pytest.mark.parametrize("flags", [{"TRAIN": False}, {"TRAIN": False, "TEST": True},
+                                   {"TRAIN": False, "TEST": True, "LOAD": False}])
+def test_flags_that_leave_nothing_to_do_are_refused(name, flags, place):
+    script = place(name)
+    edit(script.parent / "config.py", **flags)
+    assert "TRAIN = True" in refused(script)
+    assert snapshot(script.parent) == {}
+
+
+@each_script
+@pytest.mark.parametrize("setting", ["CALLBACKS_PATH", "SAMPLES_PATH", "TENSORBOARD_PATH"])
+def test_a_folder_that_cannot_be_written_is_named(name, setting, place):
+    script = place(name)
+    edit(script.parent / "config.py", **{setting: str(script / "folder")})  # a folder within a file
+    assert script.name in refused(script)
+
+
+@each_script
+def test_missing_and_damaged_data_name_the_files(name, place):
+    script = place(name)
+    raw = script.parent / "data" / "MNIST" / "raw"
+    images = raw / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:5000])
+    assert "train-images-idx3-ubyte.gz" in refused(script)
+    shutil.rmtree(raw)
+    assert "train-images-idx3-ubyte.gz" in refused(script)
+
+
+@each_script
+def test_changed_settings_and_networks_are_refused_by_name(name, copy_of):
+    script = copy_of(name)
+    before, text = snapshot(script.parent), script.read_text(encoding="utf-8")
+    for setting, value in ("LEARNING_RATE", 0.5), ("NOISE_DIM", 7), ("EPOCHS", 3):
+        edit(script, **{setting: value})
+        message = refused(script)
+        assert setting in message and str(value) in message and str(load(script)["settings"][setting]) in message
+        script.write_text(text, encoding="utf-8")
+    edit(script.parent / "config.py", SEED=1)
+    assert "SEED" in refused(script)
+    edit(script.parent / "config.py", SEED=0)
+    script.write_text(text.replace("nn.LeakyReLU(0.2)", "nn.PReLU()"), encoding="utf-8")
+    assert "weight" in refused(script)
+    assert snapshot(script.parent) == before
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+@each_script
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "malicious", "foreign", "flipped"])
+def test_bad_checkpoints_are_refused_and_kept(name, damage, copy_of, monkeypatch):
+    script = copy_of(name)
+    monkeypatch.chdir(script.parent)
+    path = script.parent / "checkpoints" / f"{name}.pt"
+    good = path.read_bytes()
+    if damage == "malicious":
+        torch.save({**load(script), "epoch": Malicious()}, path)
+    elif damage == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        middle = len(good) // 2
+        path.write_bytes({"cut": good[:middle], "empty": b"", "text": b"no checkpoint",
+                          "flipped": good[:middle] + bytes(255 - i for i in good[middle:middle + 9]) + good[middle + 9:]}[damage])
+    before = snapshot(script.parent)
+    assert path.name in refused(script)
+    assert snapshot(script.parent) == before and not Path("executed").exists()
+
+
+@each_script
+def test_a_loss_that_is_not_finite_stops_the_run(name, place):
+    script = place(name, LEARNING_RATE=1e38)
+    assert "LEARNING_RATE" in refused(script)
+    assert not (script.parent / "checkpoints" / f"{name}.pt").exists()
+
+
+# ---- Values ----------------------------------------------------------------------------------------------------------
+@each_script
+def test_normalize_and_to_pixels_are_inverse(name):
+    module = importlib.import_module(name)
+    images = torch.arange(256, dtype=torch.uint8).repeat(28 * 28 * 2)[:28 * 28 * 512].view(512, 28, 28)
+    pixels = module.to_pixels(module.normalize(images))
+    if pixels.shape[-1] == 28:
+        assert torch.allclose(pixels.flatten(), images.flatten() / 255, atol=1e-6)
+    assert pixels.min() >= 0 and pixels.max() <= 1
+
+
+@each_script
+def test_sliced_wasserstein_is_zero_for_equal_sets_and_the_shift_for_shifted_ones(name):
+    distance = importlib.import_module(name).sliced_wasserstein
+    a = torch.rand(50, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    assert distance(a, a[torch.randperm(50)]) == 0
+    assert distance(a, a + 0.25) == pytest.approx(0.25)  # with one pixel, every direction is plus or minus that pixel
+
+
+def test_bce_losses_at_known_points():
+    module = importlib.import_module("vanilla_gan")
+    undecided, sure = torch.full((4, 1), 0.5), torch.full((4, 1), 0.9)
+    assert module.get_disc_loss(undecided, undecided).item() == pytest.approx(0.6931, abs=1e-4)  # log 2
+    assert module.get_disc_loss(sure, 1 - sure).item() == pytest.approx(0.1054, abs=1e-4)  # -log 0.9
+    assert module.get_gen_loss(sure).item() == pytest.approx(0.1054, abs=1e-4)
