@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torchvision.io import read_image
+from torchvision.transforms.functional import pil_to_tensor
 
 HERE = Path(__file__).parent
 # Each script with the settings that make it small; its other settings stay as they are.
@@ -28,8 +29,17 @@ SCRIPTS = {
     "vanilla_gan": {"BATCH_SIZE": 32},
 }
 TRAIN_IMAGES, TEST_IMAGES = 320, 100
-OFFLINE = "import socket\ndef refuse(*_, **__): raise OSError('no network in tests')\n" \
-          "socket.socket.connect = socket.getaddrinfo = refuse\n"
+# Every run is made on the CPU, where it repeats bit for bit, and without network: a try leaves a file `network`.
+GUARD = """
+import socket, torch
+from pathlib import Path
+def refuse(*_, **__):
+    Path(r"{folder}", "network").touch()
+    raise OSError("no network in tests")
+socket.socket.connect = socket.getaddrinfo = refuse
+torch.accelerator.is_available = lambda: False
+torch.set_num_threads(1)
+"""
 
 
 # ---- Helpers ---------------------------------------------------------------------------------------------------------
@@ -51,38 +61,38 @@ def insert(path, line, before):
 
 
 def run(script):
-    """Run `python script` from another folder and return the finished process; no network, one thread."""
-    env = {**os.environ, "PYTHONPATH": str(script.parent / "offline"), "OMP_NUM_THREADS": "1"}
+    """Run `python script` from another folder and return the finished process."""
+    env = {**os.environ, "PYTHONPATH": str(script.parent / "guard"), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run([sys.executable, str(script)], cwd=script.parent.parent, env=env, text=True,
                           capture_output=True, timeout=120)
 
 
 def run_here(script):
-    """Run the script within this process, which saves importing torch again; return (message of sys.exit, output)."""
-    before, threads, output = signal.getsignal(signal.SIGINT), torch.get_num_threads(), io.StringIO()
-    torch.set_num_threads(1)
-    sys.modules.pop("config", None)
-    sys.path.insert(0, str(script.parent))
-    try:
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-            patch.setattr(socket.socket, "connect", lambda *_: (_ for _ in ()).throw(OSError("no network in tests")))
-            patch.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(OSError("no network in tests")))
-            runpy.run_path(str(script), run_name="__main__")
-        message = None
-    except SystemExit as stop:
-        message = stop.code
-    finally:
-        sys.path.remove(str(script.parent))
+    """Run the script within this process, which saves importing torch again; return (what sys.exit says, output)."""
+    handler, threads, output = signal.getsignal(signal.SIGINT), torch.get_num_threads(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setattr(sys, "dont_write_bytecode", True)  # config.py may change twice within a second
+        patch.setattr(socket.socket, "connect", None)  # put back afterwards, as are all the lines below
+        patch.setattr(socket, "getaddrinfo", None)
+        patch.setattr(torch.accelerator, "is_available", None)
+        patch.syspath_prepend(script.parent)
         sys.modules.pop("config", None)
-        torch.set_num_threads(threads)
-        signal.signal(signal.SIGINT, before)
+        try:
+            runpy.run_path(str(script.parent / "guard" / "sitecustomize.py"))
+            runpy.run_path(str(script), run_name="__main__")
+            message = None
+        except SystemExit as stop:
+            message = stop.code
+    sys.modules.pop("config", None)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
     return message, output.getvalue()
 
 
 def refused(script):
     """Run the script, which must refuse with one line; return that line."""
-    message, _ = run_here(script)
-    assert isinstance(message, str) and len(message.splitlines()) == 1, message
+    message, output = run_here(script)
+    assert isinstance(message, str) and len(message.splitlines()) == 1 and len(output.splitlines()) <= 1, message
     return message
 
 
@@ -104,6 +114,31 @@ def curves(script):
     events = EventAccumulator(str(script.parent / "runs" / script.stem), size_guidance={"images": 0}).Reload()
     scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     return scalars, {tag: [e.step for e in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def picture(path):
+    """Return a PNG as a uint8 tensor (3, height, width)."""
+    return pil_to_tensor(Image.open(path))
+
+
+def tiles(path):
+    """Return the pictures of a grid with 8 columns, red channel: float (rows, 8, size, size)."""
+    grid = picture(path)[0, 2:, 2:].float()
+    size = grid.shape[1] // 8
+    return grid.unfold(0, size - 2, size).unfold(1, size - 2, size)
+
+
+def mnist_images(raw, size=28):
+    """Return the small training set as the script sees it: float (N, size, size), 0 to 255."""
+    images = torch.frombuffer(bytearray((raw / "train-images-idx3-ubyte").read_bytes()[16:]), dtype=torch.uint8)
+    images = images.view(-1, 1, 28, 28).float()
+    return (images if size == 28 else torch.nn.functional.interpolate(images, size=size, mode="bilinear"))[:, 0]
+
+
+def texts(script):
+    """Return the settings as TensorBoard shows them."""
+    events = EventAccumulator(str(script.parent / "runs" / script.stem)).Reload()
+    return events.Tensors("settings/text_summary")[-1].tensor_proto.string_val[0].decode()
 
 
 def snapshot(folder):
@@ -133,8 +168,8 @@ def place(small_mnist, tmp_path_factory):
         shutil.copytree(small_mnist, folder / "data" / "MNIST" / "raw")
         shutil.copy(HERE / "config.py", folder)
         script = Path(shutil.copy(HERE / f"{name}.py", folder / f"{copy or name}.py"))
-        (folder / "offline").mkdir()
-        (folder / "offline" / "sitecustomize.py").write_text(OFFLINE)
+        (folder / "guard").mkdir()
+        (folder / "guard" / "sitecustomize.py").write_text(GUARD.format(folder=folder))
         edit(script, **{"EPOCHS": 4, "LOG_EVERY": 3, **SCRIPTS[name], **settings})
         return script
     return place
@@ -178,14 +213,36 @@ def test_training_leaves_what_it_promises(name, trained):
     checkpoint = load(script)
     assert checkpoint["epoch"] == 4
     assert checkpoint["settings"]["EPOCHS"] == 4 and checkpoint["settings"]["SEED"] == 0
-    assert sum("optimizer" in key for key in checkpoint) == 2
-    tensors = [tensor for key in ("generator", "discriminator", "critic") for tensor in checkpoint.get(key, {}).values()]
-    assert len(tensors) > 8 and all(tensor.isfinite().all() for tensor in tensors)
+    networks = {"generator", "critic" if "wgan" in name else "discriminator"}
+    optimizers = {f"{key}_optimizer" for key in networks}
+    assert set(checkpoint) == {"epoch", "settings", "random_state"} | networks | optimizers
+    assert all(tensor.isfinite().all() for key in networks for tensor in checkpoint[key].values())
 
     samples = script.parent / "samples" / name
     assert sorted(path.name for path in samples.iterdir()) == [f"epoch_000{i}.png" for i in range(5)] + ["real.png"]
-    pictures = [read_image(str(samples / f"epoch_000{i}.png")) for i in range(5)]
-    assert all(not torch.equal(a, b) for a, b in zip(pictures, pictures[1:]))
+    assert not (script.parent / "network").exists()
+
+
+@each_script
+def test_both_networks_learn_and_the_noise_stays(name, trained, place):
+    script = place(name, EPOCHS=1)
+    assert run_here(script)[0] is None
+    early, late = load(script), load(trained(name)[0])
+    for key in early:
+        if key in ("generator", "discriminator", "critic"):
+            assert all(not torch.equal(early[key][weight], late[key][weight]) for weight in early[key]), key
+    still = place(name, LEARNING_RATE=0.0)  # nothing learns: the same noise gives nearly the same pictures
+    assert run_here(still)[0] is None  # not quite, as BatchNorm's statistics still settle
+    third, fourth = (tiles(still.parent / "samples" / name / f"epoch_000{i}.png").flatten(0, 1) for i in (3, 4))
+    assert 5 * (third - fourth).abs().mean() < (third - fourth.roll(1, dims=0)).abs().mean()
+
+
+@each_script
+def test_real_png_shows_the_first_training_images(name, trained, small_mnist):
+    script, _ = trained(name)
+    shown = tiles(script.parent / "samples" / name / "real.png")
+    real = mnist_images(small_mnist, size=shown.shape[-1])[:TEST_IMAGES // 5]
+    assert (shown.flatten(0, 1)[:len(real)] - real).abs().max() <= 1
 
 
 @each_script
@@ -198,13 +255,15 @@ def test_tensorboard_shows_all_curves(name, trained):
     assert set(scalars) == own | {"loss/generator", "quality/sliced_wasserstein", "speed/images_per_second"}
     for tag, points in scalars.items():
         ends = [steps * epoch for epoch in range(1, 5)]
-        if not tag.startswith(("quality", "speed")):
+        if not tag.startswith(("quality", "speed")):  # LOG_EVERY is 3
             ends = [(epoch * steps) + min(i + 3, steps) for epoch in range(4) for i in range(0, steps, 3)]
         assert [step for step, _ in points] == ends, tag
         assert all(value == value and abs(value) < 1e9 for _, value in points), tag
         if tag.startswith("prob"):
             assert all(0 <= value <= 1 for _, value in points), tag
     assert images == {"images/real": [0], "images/fake": [steps * epoch for epoch in range(5)]}
+    settings = texts(script)
+    assert "EPOCHS = 4" in settings and "SEED = 0" in settings
 
 
 # ---- Resume ----------------------------------------------------------------------------------------------------------
@@ -219,15 +278,16 @@ def test_two_epochs_and_two_more_equal_four(name, trained, place):
 
 
 @each_script
-@pytest.mark.parametrize("moment", ["if time.perf_counter() - shown", "torch.save("])
+@pytest.mark.parametrize("moment", ["if time.perf_counter() - shown", "checkpoint_path.with_suffix"])
 def test_killed_in_the_third_epoch_and_started_again(name, moment, trained, place):
     script = place(name)
     text = script.read_text(encoding="utf-8")
-    insert(script, "if epoch == 3: import os; os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))", moment)
+    insert(script, "if epoch == 3: __import__('os').kill(__import__('os').getpid(), 9)", moment)
     assert run(script).returncode != 0
     assert load(script)["epoch"] == 2
+    assert not (script.parent / "samples" / name / "epoch_0004.png").exists()
     script.write_text(text, encoding="utf-8")
-    assert "epochs 3 to 4" in run(script).stdout
+    assert "Epochs 3 to 4" in run(script).stdout
     check_same_as_never_stopped(script, trained(name)[0])
 
 
@@ -251,6 +311,26 @@ def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(name, place):
     assert load(script)["epoch"] == 1
 
 
+@each_script
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminal")
+def test_a_terminal_sees_a_line_that_updates(name, place):
+    import pty
+    script = place(name, EPOCHS=1)
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "PYTHONPATH": str(script.parent / "guard")}
+    with subprocess.Popen([sys.executable, str(script)], stdout=theirs, env=env) as process:
+        os.close(theirs)
+        output = b""
+        with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+            while chunk := os.read(ours, 4096):
+                output += chunk
+    os.close(ours)
+    assert process.returncode == 0
+    line = output.decode().splitlines()[1].split("\r")  # what is done stands on the line above
+    assert all(part in line[1] for part in ("epoch 1/1", "images/s", "100%", "min left")) and len(line[1]) < 80
+    assert "distance" in line[-1] and len(line[-1]) >= len(line[-2])  # covers what stood there
+
+
 # ---- Test ------------------------------------------------------------------------------------------------------------
 @each_script
 def test_one_flip_draws_samples_and_changes_nothing(name, copy_of):
@@ -262,6 +342,8 @@ def test_one_flip_draws_samples_and_changes_nothing(name, copy_of):
     assert {path.name for path in set(after) - set(before)} == {"test.png", "interpolation.png", "nearest.png"}
     assert all(after[path] == before[path] for path in before)
 
+    for path in set(after) - set(before):
+        path.unlink()
     edit(script.parent / "config.py", TRAIN=False)  # TEST alone draws the same
     assert run_here(script)[0] is None
     assert snapshot(script.parent) == after
@@ -273,18 +355,28 @@ def test_nearest_shows_training_images(name, copy_of, small_mnist):
     edit(script.parent / "config.py", TEST=True)
     assert run_here(script)[0] is None
     samples = script.parent / "samples" / name
-    size = (read_image(str(samples / "test.png")).shape[1] - 2) // 8 - 2
-    tiles = read_image(str(samples / "nearest.png"))[:1, 2:, 2:].unfold(1, size, size + 2).unfold(2, size, size + 2)[0]
-    drawn = read_image(str(samples / "test.png"))[:1, 2:, 2:].unfold(1, size, size + 2).unfold(2, size, size + 2)[0]
-    real = torch.frombuffer(bytearray((small_mnist / "train-images-idx3-ubyte").read_bytes()[16:]), dtype=torch.uint8)
-    real = real.view(-1, 1, 28, 28).float()
-    if size != 28:
-        real = torch.nn.functional.interpolate(real, size=size, mode="bilinear")
-    assert torch.equal(tiles[0::2], drawn)
-    for sample, shown in zip(tiles[0::2].flatten(0, 1).float(), tiles[1::2].flatten(0, 1).float()):
-        distances = (real[:, 0] - sample).pow(2).sum(dim=(1, 2))
-        assert (real[:, 0] - shown).abs().amax(dim=(1, 2)).min() <= 1  # it is a training image,
-        assert (shown - sample).pow(2).sum() <= 1.01 * distances.min() + 100  # and none is nearer
+    drawn, pairs = tiles(samples / "test.png"), tiles(samples / "nearest.png")
+    real = mnist_images(small_mnist, size=drawn.shape[-1])
+    assert torch.equal(pairs[0::2], drawn)
+    for sample, shown in zip(pairs[0::2].flatten(0, 1), pairs[1::2].flatten(0, 1)):
+        assert (real - shown).abs().amax(dim=(1, 2)).min() <= 1  # it is a training image,
+        nearest = (real - sample).pow(2).sum(dim=(1, 2)).min()
+        assert (shown - sample).pow(2).sum() <= 1.01 * nearest  # and none is nearer
+
+
+@each_script
+def test_interpolation_walks_from_sample_to_sample(name, copy_of):
+    script = copy_of(name)
+    edit(script.parent / "config.py", TEST=True)
+    assert run_here(script)[0] is None
+    samples = script.parent / "samples" / name
+    drawn, grid = tiles(samples / "test.png"), picture(samples / "interpolation.png")[0, 2:, 2:].float()
+    size = drawn.shape[-1]
+    walks = grid.unfold(0, size, size + 2).unfold(1, size, size + 2)
+    assert walks.shape[:2] == (8, 10)
+    assert (walks[:, 0] - drawn[0]).abs().max() <= 1 and (walks[:, 9] - drawn[1]).abs().max() <= 1
+    steps = (walks[:, 1:] - walks[:, :-1]).abs().mean(dim=(0, 2, 3))
+    assert (steps < (walks[:, 9] - walks[:, 0]).abs().mean() / 2).all() and (steps > 0).all()
 
 
 # ---- Keeping apart, starting over ------------------------------------------------------------------------------------
@@ -325,7 +417,9 @@ def test_bad_input_ends_with_status_1_and_one_line(name, place):
 @each_script
 @pytest.mark.parametrize("settings, named", [
     ({"BATCH_SIZE": TRAIN_IMAGES + 1}, "320"), ({"BATCH_SIZE": 1.5}, "BATCH_SIZE"), ({"EPOCHS": -1}, "EPOCHS"),
-    ({"NOISE_DIM": 0}, "NOISE_DIM"), ({"LEARNING_RATE": -1.0}, "learning rate"), ({"BETAS": (0.5, 1.5)}, "beta"),
+    ({"NOISE_DIM": 0}, "NOISE_DIM"), ({"BATCH_SIZE": 1}, "BATCH_SIZE"), ({"LEARNING_RATE": "3e-4"}, "Cannot start"),
+    ({"LEARNING_RATE": -1.0}, "learning rate"), ({"BETAS": (0.5, 1.5)}, "beta"),
+    ({"LOG_EVERY": 0}, "LOG_EVERY"),
 ])
 def test_impossible_settings_are_refused(name, settings, named, place):
     script = place(name, **settings)
@@ -349,6 +443,7 @@ def test_a_folder_that_cannot_be_written_is_named(name, setting, place):
     script = place(name)
     edit(script.parent / "config.py", **{setting: str(script / "folder")})  # a folder within a file
     assert script.name in refused(script)
+    assert snapshot(script.parent) == {}
 
 
 @each_script
@@ -356,10 +451,23 @@ def test_missing_and_damaged_data_name_the_files(name, place):
     script = place(name)
     raw = script.parent / "data" / "MNIST" / "raw"
     images = raw / "train-images-idx3-ubyte"
-    images.write_bytes(images.read_bytes()[:5000])
-    assert "train-images-idx3-ubyte.gz" in refused(script)
+    images.write_bytes(images.read_bytes()[:5000])  # as a kill while unpacking leaves it
+    assert "train-images-idx3-ubyte.gz" in refused(script) and not (script.parent / "network").exists()
     shutil.rmtree(raw)
-    assert "train-images-idx3-ubyte.gz" in refused(script)
+    assert "train-images-idx3-ubyte.gz" in refused(script) and (script.parent / "network").exists()
+    archive = raw / "train-images-idx3-ubyte.gz"
+    archive.write_bytes(b"damaged")
+    assert "train-images-idx3-ubyte.gz" in refused(script) and archive.read_bytes() == b"damaged"
+
+
+@each_script
+def test_the_tracked_archives_are_all_of_mnist(name, tmp_path, monkeypatch):
+    shutil.copytree(HERE / "data" / "MNIST" / "raw", tmp_path / "MNIST" / "raw", ignore=lambda folder, names: [
+        file for file in names if not file.endswith(".gz")])
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module.config, "DATA_PATH", tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", None)
+    assert len(module.load_images(train=True)) == 60_000 and len(module.load_images(train=False)) == 10_000
 
 
 @each_script
@@ -397,29 +505,52 @@ def test_bad_checkpoints_are_refused_and_kept(name, damage, copy_of, monkeypatch
         torch.save({"weights": torch.zeros(3)}, path)
     else:
         middle = len(good) // 2
-        path.write_bytes({"cut": good[:middle], "empty": b"", "text": b"no checkpoint",
-                          "flipped": good[:middle] + bytes(255 - i for i in good[middle:middle + 9]) + good[middle + 9:]}[damage])
+        flipped = good[:middle] + bytes(255 - byte for byte in good[middle:middle + 9]) + good[middle + 9:]
+        path.write_bytes({"cut": good[:middle], "empty": b"", "text": b"no checkpoint", "flipped": flipped}[damage])
     before = snapshot(script.parent)
     assert path.name in refused(script)
     assert snapshot(script.parent) == before and not Path("executed").exists()
 
 
 @each_script
-def test_a_loss_that_is_not_finite_stops_the_run(name, place):
-    script = place(name, LEARNING_RATE=1e38)
-    assert "LEARNING_RATE" in refused(script)
+def test_a_loss_that_is_not_finite_stops_the_run(name, copy_of):
+    script = copy_of(name)
+    edit(script, EPOCHS=6)
+    insert(script, "if epoch == 6: [weight.data.fill_(torch.nan) for weight in generator.parameters()]", "real = norm")
+    message, output = run_here(script)
+    assert "LEARNING_RATE" in message and len(message.splitlines()) == 1 and "nan" in output
+    assert load(script)["epoch"] == 5
+
+
+@each_script
+def test_weights_that_overflow_in_the_last_step_are_not_saved(name, place):
+    script = place(name, LEARNING_RATE=1e38, BATCH_SIZE=TRAIN_IMAGES)
+    assert "LEARNING_RATE" in run_here(script)[0]
     assert not (script.parent / "checkpoints" / f"{name}.pt").exists()
 
 
 # ---- Values ----------------------------------------------------------------------------------------------------------
 @each_script
-def test_normalize_and_to_pixels_are_inverse(name):
+@pytest.mark.parametrize("mean, std", [(0.5, 0.5), (0.1307, 0.3081)])
+def test_to_pixels_undoes_normalize(name, mean, std, monkeypatch):
     module = importlib.import_module(name)
-    images = torch.arange(256, dtype=torch.uint8).repeat(28 * 28 * 2)[:28 * 28 * 512].view(512, 28, 28)
+    if hasattr(module, "NORMALIZE_MEAN"):
+        monkeypatch.setattr(module, "NORMALIZE_MEAN", mean)
+        monkeypatch.setattr(module, "NORMALIZE_STD", std)
+    images = torch.arange(256, dtype=torch.uint8)[:, None, None].expand(256, 28, 28)  # one of each grey
     pixels = module.to_pixels(module.normalize(images))
-    if pixels.shape[-1] == 28:
-        assert torch.allclose(pixels.flatten(), images.flatten() / 255, atol=1e-6)
-    assert pixels.min() >= 0 and pixels.max() <= 1
+    assert torch.allclose(pixels, images[:, None, :1, :1] / 255, atol=1e-6)
+    assert pixels.shape[:2] == (256, 1) and pixels.shape[2] == pixels.shape[3] >= 28
+
+
+@each_script
+def test_importing_only_defines(name, tmp_path):
+    for file in HERE / f"{name}.py", HERE / "config.py":
+        shutil.copy(file, tmp_path)
+    code = f"import {name} as script; script.Generator(), script.{'Critic' if 'wgan' in name else 'Discriminator'}()"
+    process = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.py", "config.py"}
 
 
 @each_script

@@ -10,11 +10,11 @@ Run:     python vanilla_gan.py
 Watch:   tensorboard --logdir runs
 Expect:  digits after 3 epochs, most of them legible after 20; 50 epochs take 8 minutes on two CPU cores.
 """
-import math
 import signal
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -30,10 +30,10 @@ NAME = Path(__file__).stem  # names the checkpoint, the samples and the TensorBo
 EPOCHS = 50  # passes over the training images; may be raised later to train on
 BATCH_SIZE = 64  # real images a step, and as many generated ones
 LEARNING_RATE = 3e-4  # Adam's step size, the same for both networks
-BETAS = (0.5, 0.999)  # Adam's memory; 0.5 instead of 0.9 because the opponent changes and old gradients mislead
+BETAS = (0.0, 0.999)  # Adam's memory of gradients and their squares; 0.0: the opponent changes, old gradients mislead
 NOISE_DIM = 64  # length of a noise vector z
-NORMALIZE_MEAN = 0.5  # pixels become (pixel - mean) / std: 0.5 and 0.5 give [-1, 1], the range of the generator's tanh;
-NORMALIZE_STD = 0.5  # MNIST's own 0.1307 and 0.3081 give [-0.42, 2.82], where tanh cannot reach the white of a stroke
+NORMALIZE_MEAN = 0.5  # a pixel in [0, 1] becomes (pixel - mean) / std: with 0.5 and 0.5 in [-1, 1], the range of tanh
+NORMALIZE_STD = 0.5  # MNIST's own 0.1307 and 0.3081 give [-0.42, 2.82]: beyond tanh, which stops at 1, so D wins
 LOG_EVERY = 100  # steps averaged into one point of a TensorBoard curve
 
 
@@ -43,8 +43,9 @@ def load_images(train):
     try:
         return datasets.MNIST(config.DATA_PATH, train=train, download=True).data
     except Exception as error:  # no network, no space, or a file that is not what its name says
-        files = ", ".join(Path(name).name for name, _ in datasets.MNIST.resources)
-        sys.exit(f"No MNIST ({type(error).__name__}): empty {config.DATA_PATH}/MNIST/raw, put {files} in it, try again.")
+        files = ", ".join(name for name, _ in datasets.MNIST.resources)
+        folder = Path(config.DATA_PATH, "MNIST", "raw")
+        sys.exit(f"No MNIST ({type(error).__name__}): put {files} in {folder}, delete the rest there, run again.")
 
 
 def normalize(images):
@@ -82,36 +83,36 @@ class Discriminator(nn.Sequential):
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
-bce = nn.BCELoss()  # the mean of -log(p) where the target is 1, of -log(1 - p) where it is 0
+def bce(probability, target):
+    """Return BCELoss: the mean of -log(probability) where the target is 1, of -log(1 - probability) where it is 0."""
+    return nn.BCELoss()(probability.nan_to_num(), target)  # BCELoss refuses NaN, which the training loop reports
 
 
 def get_disc_loss(on_real, on_fake):
-    """Return the mean of D's losses on D(x) and D(G(z)), both (N, 1): equation 1 with the sign turned, halved."""
+    """Return D's loss from D(x) and D(G(z)), both (N, 1): the mean of its losses on real and on generated images."""
     return (bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))) / 2
 
 
 def get_gen_loss(on_fake):
-    """Return G's loss on D(G(z)) (N, 1): -log D(G(z)). Unlike log(1 - D(G(z))), steep while G is bad (section 3)."""
+    """Return G's loss from D(G(z)) (N, 1): -log D(G(z)), which pushes harder than equation 1 while G is bad."""
     return bce(on_fake, torch.ones_like(on_fake))
 
 
 # ---- Looking at results ----------------------------------------------------------------------------------------------
 @torch.no_grad()
 def draw(generator, noise):
-    """Turn noise (N, NOISE_DIM) into pictures (N, 1, 28, 28) in [0, 1], each independent of the others."""
-    generator.eval()  # BatchNorm then uses the statistics it has gathered in training, not those of this batch
-    pixels = torch.cat([to_pixels(generator(part)) for part in noise.split(500)])
+    """Turn noise (N, NOISE_DIM) into pictures (N, 1, 28, 28) in [0, 1]."""
+    generator.eval()  # BatchNorm uses the statistics gathered in training: a picture depends on its own noise alone
+    pixels = torch.cat([to_pixels(generator(part)) for part in noise.split(500)])  # 500 at a time: less memory
     generator.train()
     return pixels
 
 
 def sliced_wasserstein(a, b):
-    """Return the sliced Wasserstein distance (Rabin et al. 2011) of two equally large sets of pictures (N, C, H, W).
-
-    Along one direction it is the mean difference of the sorted values; this is its mean over 256 random directions.
-    """
-    directions = torch.randn(a[0].numel(), 256, generator=torch.Generator().manual_seed(0)).to(a.device)
-    directions = nn.functional.normalize(directions, dim=0)  # unit length
+    """Return the sliced Wasserstein distance (Rabin et al. 2011) of two equally large sets of pictures (N, C, H, W):
+    project both on a direction, sort, take the mean gap; average over 256 random directions, always the same."""
+    directions = torch.randn(a[0].numel(), 256, generator=torch.Generator().manual_seed(0))
+    directions = nn.functional.normalize(directions, dim=0).to(a.device)  # of length 1
     a, b = ((pixels.flatten(1) @ directions).sort(dim=0).values for pixels in (a, b))  # (N, 256)
     return (a - b).abs().mean().item()
 
@@ -121,35 +122,39 @@ if __name__ == "__main__":
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     live = sys.stdout.isatty()  # a terminal shows a line that changes within the epoch; a file gets one line an epoch
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\n" * live + "Stopped. Run again with LOAD = True to go on."))
-    settings = {name: value for name, value in globals().items() if name.isupper()} | {"SEED": config.SEED}
+    settings = {name: value if isinstance(value, (int, float, str, tuple)) else repr(value)
+                for name, value in [*globals().items(), ("SEED", config.SEED)] if name.isupper()}
     checkpoint_path = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
     samples_path = Path(config.SAMPLES_PATH, NAME)
     runs_path = Path(config.TENSORBOARD_PATH, NAME)
     if not config.TRAIN and not (config.TEST and config.LOAD and checkpoint_path.exists()):
         sys.exit(f"Nothing to do: set TRAIN = True in config.py, or TEST and LOAD once there is a {checkpoint_path}.")
 
-    images = load_images(train=True).to(device)  # all of them, 47 MB: no loading, decoding or copying while it trains
-    for name, most in ("EPOCHS", 10**6), ("BATCH_SIZE", len(images)), ("NOISE_DIM", 10**6), ("LOG_EVERY", 10**6):
-        if not isinstance(settings[name], int) or not 1 <= settings[name] <= most:
-            sys.exit(f"{name} is {settings[name]!r}, but must be a whole number from 1 to {most:,}.")
+    images = load_images(train=True).to(device)  # all 47 MB stay on the device: training reads no file
+    for name, least in ("EPOCHS", 1), ("BATCH_SIZE", 2), ("NOISE_DIM", 1), ("LOG_EVERY", 1), ("SEED", 0):
+        most = len(images) if name == "BATCH_SIZE" else 10**9
+        if not isinstance(settings[name], int) or not least <= settings[name] <= most:
+            sys.exit(f"{name} is {settings[name]!r}, but must be a whole number from {least} to {most:,}.")
     torch.manual_seed(config.SEED)
     generator, discriminator = Generator().to(device), Discriminator().to(device)
     try:
         generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
         discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-        for folder in (checkpoint_path.parent, samples_path, runs_path):
+        assert normalize(images[:1]).isfinite().all(), "NORMALIZE_MEAN and _STD must be finite, NORMALIZE_STD not 0"
+        for folder in (samples_path, checkpoint_path.parent, runs_path)[:3 if config.TRAIN else 1]:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, ValueError) as error:  # a setting that Adam refuses, a folder that cannot be written
+    except Exception as error:  # a setting that torch refuses, a folder that cannot be written
         sys.exit(f"Cannot start: {error}. Mend it in the settings of this script or in config.py.")
 
     # ---- Load --------------------------------------------------------------------------------------------------------
-    done = 0  # epochs completed
+    done = 0  # complete epochs
     parts = {"generator": generator, "generator_optimizer": generator_optimizer,
              "discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
-    rng = torch if device.type == "cpu" else torch.get_device_module(device)  # source of order, noise and dropout
+    rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the random state
     if config.LOAD and checkpoint_path.exists():
         try:
+            assert zipfile.ZipFile(checkpoint_path).testzip() is None, "damaged"
             checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)  # plain data: runs no code
             for name in settings | checkpoint["settings"]:
                 now, then = settings.get(name), checkpoint["settings"].get(name)
@@ -161,30 +166,32 @@ if __name__ == "__main__":
                 rng.set_rng_state(checkpoint["random_state"][device.type])
             done = checkpoint["epoch"]
         except Exception as error:  # damaged, foreign or malicious, or the networks have changed since
-            error = " ".join(str(error).split())[:200]
-            sys.exit(f"{checkpoint_path} does not fit ({error}): move it away, or set LOAD = False to start over.")
+            reason = f"{type(error).__name__}: {error}".splitlines()[-1].strip()
+            sys.exit(f"{checkpoint_path} does not fit ({reason}): move it away, or set LOAD = False to start over.")
 
     # ---- Train -------------------------------------------------------------------------------------------------------
     if config.TRAIN and done == EPOCHS:
         print(f"{NAME}: all {EPOCHS} epochs are done. Raise EPOCHS to train on, set TEST = True to draw samples.")
     elif config.TRAIN:
-        print(f"epochs {done + 1} to {EPOCHS} on {device}; pictures in {samples_path}, curves in {runs_path}", flush=True)
+        print(f"Epochs {done + 1} to {EPOCHS} on {device}. Pictures: {samples_path}. Curves: {runs_path}.", flush=True)
         held_out = to_pixels(normalize(load_images(train=False)[::5][:len(images)].to(device)))  # 2,000, not trained on
-        real = to_pixels(normalize(images[:len(held_out)]))
-        real_distance = sliced_wasserstein(real, held_out)  # as near as real pictures come
-        noise = torch.randn(max(64, len(held_out)), NOISE_DIM, generator=torch.Generator().manual_seed(config.SEED)).to(device)
+        real_pixels = to_pixels(normalize(images[:len(held_out)]))
+        real_distance = sliced_wasserstein(real_pixels, held_out)  # what a perfect generator would reach
+        seeded = torch.Generator().manual_seed(config.SEED)  # of its own: drawing pictures leaves training as it is
+        noise = torch.randn(max(64, len(held_out)), NOISE_DIM, generator=seeded).to(device)  # the same in every epoch
         steps = len(images) // BATCH_SIZE  # in an epoch; the few images left over have their turn in another epoch
         first = done * steps + 1 if done else 0  # curves count steps; drop what a killed run wrote after its checkpoint
+        tags = "loss/discriminator", "loss/generator", "prob/real", "prob/fake"
         writer = SummaryWriter(runs_path, purge_step=first)
         writer.add_text("settings", "  \n".join(f"{name} = {value!r}" for name, value in settings.items()), first)
         if done == 0:
-            for tag, name, pixels in ("real", "real", real), ("fake", "epoch_0000", draw(generator, noise)):
+            for tag, name, pixels in ("real", "real", real_pixels), ("fake", "epoch_0000", draw(generator, noise)):
                 save_image(pixels[:64], samples_path / f"{name}.png")
                 writer.add_images(f"images/{tag}", pixels[:64], 0)
 
         for epoch in range(done + 1, EPOCHS + 1):
             order = torch.randperm(len(images), device=device)[:steps * BATCH_SIZE].view(steps, BATCH_SIZE)
-            history = torch.empty(steps, 4, device=device)  # losses, D(x), D(G(z)): reading makes a GPU wait
+            history = torch.empty(steps, len(tags), device=device)  # stays there: reading it waits for the GPU
             start = shown = time.perf_counter()
             for step, batch in enumerate(order, 1):
                 real = normalize(images[batch])
@@ -208,8 +215,6 @@ if __name__ == "__main__":
                 history[step - 1] = torch.stack([disc_loss, gen_loss, on_real.mean(), on_fake.mean()]).detach()
                 if time.perf_counter() - shown > 0.5 or step == steps:
                     means = history[:step].mean(dim=0).tolist()
-                    if not all(map(math.isfinite, means)):
-                        sys.exit("\n" * live + f"Loss not finite in epoch {epoch}: lower LEARNING_RATE. Checkpoint kept.")
                     shown = time.perf_counter()
                     speed = step * BATCH_SIZE / (shown - start)
                     line = f"epoch {epoch}/{EPOCHS}  D {means[0]:.3f}  G {means[1]:.3f}  {speed:,.0f} images/s"
@@ -217,13 +222,13 @@ if __name__ == "__main__":
                     if live:
                         print(f"\r{line}  {step / steps:4.0%}  {left:.1f} min left ", end="", flush=True)
 
-            # Results: a line, the curves, the pictures, the checkpoint
             pixels = draw(generator, noise)
             distance = sliced_wasserstein(pixels[:len(held_out)], held_out)
-            print("\r" * live + f"{line}  D(x) {means[2]:.2f}  D(G(z)) {means[3]:.2f}  "
-                  f"distance {distance:.4f} (real {real_distance:.4f})", flush=True)
+            print("\r" * live + f"{line}  distance {distance:.4f} (real {real_distance:.4f})", flush=True)
+            if not all(x.isfinite().all() for x in (history, *generator.parameters(), *discriminator.parameters())):
+                sys.exit("Not saved: loss or weights are not finite. Lower LEARNING_RATE and set LOAD = False.")
             for i, values in enumerate(history.cpu().split(LOG_EVERY), 1):
-                for tag, value in zip(("loss/discriminator", "loss/generator", "prob/real", "prob/fake"), values.mean(0)):
+                for tag, value in zip(tags, values.mean(dim=0)):
                     writer.add_scalar(tag, value, (epoch - 1) * steps + min(i * LOG_EVERY, steps))
             writer.add_scalar("quality/sliced_wasserstein", distance, epoch * steps)
             writer.add_scalar("speed/images_per_second", speed, epoch * steps)
@@ -243,7 +248,7 @@ if __name__ == "__main__":
         save_image(samples, samples_path / "test.png")
 
         # Is noise space smooth? Each row walks from one noise vector to another; cos and sin keep the variance at 1.
-        angle = torch.linspace(0, math.pi / 2, 10, device=device).view(1, 10, 1)
+        angle = torch.linspace(0, torch.pi / 2, 10, device=device).view(1, 10, 1)
         walks = noise[:8, None] * angle.cos() + noise[8:16, None] * angle.sin()  # (8, 10, NOISE_DIM)
         save_image(draw(generator, walks.flatten(0, 1)), samples_path / "interpolation.png", nrow=10)
 

@@ -48,15 +48,16 @@ def speed_of_script(name, steps, batch_size):
         shutil.copy(ROOT / "config.py", folder)
         text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         (folder / f"{name}.py").write_text(re.sub(r"^EPOCHS = \d+", "EPOCHS = 2", text, flags=re.M), encoding="utf-8")
-        output = subprocess.run([sys.executable, folder / f"{name}.py"], capture_output=True, text=True, check=True).stdout
+        script = [sys.executable, folder / f"{name}.py"]
+        output = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=True).stdout
     return float(re.search(r"epoch 2/2 .*?([\d,]+) images/s", output)[1].replace(",", ""))
 
 
 def speed_of_bare_steps(module, steps, device):
     """Return the images/s of the script's arithmetic alone."""
     generator, discriminator = module.Generator().to(device), module.Discriminator().to(device)
-    gen_optimizer, disc_optimizer = (torch.optim.Adam(network.parameters(), module.LEARNING_RATE, module.BETAS, fused=True)
-                                     for network in (generator, discriminator))
+    gen_optimizer, disc_optimizer = (torch.optim.Adam(net.parameters(), module.LEARNING_RATE, module.BETAS, fused=True)
+                                     for net in (generator, discriminator))
     real = module.normalize(torch.randint(256, (module.BATCH_SIZE, 28, 28), dtype=torch.uint8, device=device))
     noise = torch.randn(module.BATCH_SIZE, module.NOISE_DIM, device=device)
 
@@ -79,11 +80,11 @@ def speed_of_bare_steps(module, steps, device):
 def speed_of_tutorial(module, steps, device):
     """Return the images/s of the usual way with the same networks and batch size."""
     generator, discriminator = module.Generator().to(device), module.Discriminator().to(device)
-    gen_optimizer, disc_optimizer = (torch.optim.Adam(network.parameters(), module.LEARNING_RATE, module.BETAS)
-                                     for network in (generator, discriminator))
+    gen_optimizer, disc_optimizer = (torch.optim.Adam(net.parameters(), module.LEARNING_RATE, module.BETAS)
+                                     for net in (generator, discriminator))
     shape = module.normalize(torch.zeros(1, 28, 28, dtype=torch.uint8)).shape[1:]
     mean, std = getattr(module, "NORMALIZE_MEAN", 0.5), getattr(module, "NORMALIZE_STD", 0.5)
-    data = datasets.MNIST(ROOT / "data", transform=transforms.Compose(
+    data = datasets.MNIST(ROOT / "data", download=True, transform=transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize(mean, std)]))
     data = Subset(data, range(module.BATCH_SIZE * (steps + 3)))
     batches = iter(DataLoader(data, module.BATCH_SIZE, shuffle=True))
@@ -133,4 +134,5 @@ if __name__ == "__main__":
         script, bare, tutorial = (statistics.median(speeds) for speeds in zip(*rounds))
         to_bare = statistics.median(script / bare for script, bare, _ in rounds)
         to_tutorial = statistics.median(script / tutorial for script, _, tutorial in rounds)
-        print(f"{name:16}{script:10,.0f}/s{bare:10,.0f}/s{tutorial:10,.0f}/s{to_bare:13.2f}x{to_tutorial:17.2f}x", flush=True)
+        print(f"{name:16}{script:10,.0f}/s{bare:10,.0f}/s{tutorial:10,.0f}/s{to_bare:13.2f}x{to_tutorial:17.2f}x",
+              flush=True)
