@@ -326,7 +326,7 @@ def test_a_terminal_sees_a_line_that_updates(name, place):
                 output += chunk
     os.close(ours)
     assert process.returncode == 0
-    line = output.decode().splitlines()[1].split("\r")  # what is done stands on the line above
+    line = output.decode().replace("\r\n", "\n").split("\n")[1].split("\r")  # the line below what is being done
     assert all(part in line[1] for part in ("epoch 1/1", "images/s", "100%", "min left")) and len(line[1]) < 80
     assert "distance" in line[-1] and len(line[-1]) >= len(line[-2])  # covers what stood there
 

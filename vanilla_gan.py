@@ -44,8 +44,7 @@ def load_images(train):
         return datasets.MNIST(config.DATA_PATH, train=train, download=True).data
     except Exception as error:  # no network, no space, or a file that is not what its name says
         files = ", ".join(name for name, _ in datasets.MNIST.resources)
-        folder = Path(config.DATA_PATH, "MNIST", "raw")
-        sys.exit(f"No MNIST ({type(error).__name__}): put {files} in {folder}, delete the rest there, run again.")
+        sys.exit(f"No MNIST ({type(error).__name__}): put {files} in {config.DATA_PATH}/MNIST/raw, delete the rest.")
 
 
 def normalize(images):
@@ -58,10 +57,9 @@ def to_pixels(images):
     return (images * NORMALIZE_STD + NORMALIZE_MEAN).clamp(0, 1).view(-1, 1, 28, 28)
 
 
-# ---- Generator -------------------------------------------------------------------------------------------------------
+# ---- Networks --------------------------------------------------------------------------------------------------------
 class Generator(nn.Sequential):
     """Turn noise (N, NOISE_DIM) from the standard normal distribution into images (N, 784) in (-1, 1)."""
-
     def __init__(self):
         super().__init__(
             nn.Linear(NOISE_DIM, 256), nn.BatchNorm1d(256), nn.ReLU(),  # (N, 256)
@@ -70,14 +68,12 @@ class Generator(nn.Sequential):
         )
 
 
-# ---- Discriminator ---------------------------------------------------------------------------------------------------
 class Discriminator(nn.Sequential):
     """Turn images (N, 784) into D(x) (N, 1): the probability, from 0 to 1, that each is real."""
-
     def __init__(self):
         super().__init__(
-            nn.Linear(28 * 28, 512), nn.LeakyReLU(0.2), nn.Dropout(0.3),  # (N, 512)
-            nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Dropout(0.3),  # (N, 256)
+            nn.Linear(28 * 28, 256), nn.LeakyReLU(0.2), nn.Dropout(0.1),  # (N, 256)
+            nn.Linear(256, 256), nn.LeakyReLU(0.2), nn.Dropout(0.1),  # (N, 256)
             nn.Linear(256, 1), nn.Sigmoid(),  # (N, 1)
         )
 
@@ -122,7 +118,7 @@ if __name__ == "__main__":
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     live = sys.stdout.isatty()  # a terminal shows a line that changes within the epoch; a file gets one line an epoch
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\n" * live + "Stopped. Run again with LOAD = True to go on."))
-    settings = {name: value if isinstance(value, (int, float, str, tuple)) else repr(value)
+    settings = {name: value if isinstance(value, (int, float, str, tuple)) else repr(value)  # plain, to be loaded safely
                 for name, value in [*globals().items(), ("SEED", config.SEED)] if name.isupper()}
     checkpoint_path = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
     samples_path = Path(config.SAMPLES_PATH, NAME)
@@ -175,8 +171,8 @@ if __name__ == "__main__":
     elif config.TRAIN:
         print(f"Epochs {done + 1} to {EPOCHS} on {device}. Pictures: {samples_path}. Curves: {runs_path}.", flush=True)
         held_out = to_pixels(normalize(load_images(train=False)[::5][:len(images)].to(device)))  # 2,000, not trained on
-        real_pixels = to_pixels(normalize(images[:len(held_out)]))
-        real_distance = sliced_wasserstein(real_pixels, held_out)  # what a perfect generator would reach
+        real = to_pixels(normalize(images[:len(held_out)]))
+        real_distance = sliced_wasserstein(real, held_out)  # what a perfect generator would reach
         seeded = torch.Generator().manual_seed(config.SEED)  # of its own: drawing pictures leaves training as it is
         noise = torch.randn(max(64, len(held_out)), NOISE_DIM, generator=seeded).to(device)  # the same in every epoch
         steps = len(images) // BATCH_SIZE  # in an epoch; the few images left over have their turn in another epoch
@@ -185,7 +181,7 @@ if __name__ == "__main__":
         writer = SummaryWriter(runs_path, purge_step=first)
         writer.add_text("settings", "  \n".join(f"{name} = {value!r}" for name, value in settings.items()), first)
         if done == 0:
-            for tag, name, pixels in ("real", "real", real_pixels), ("fake", "epoch_0000", draw(generator, noise)):
+            for tag, name, pixels in ("real", "real", real), ("fake", "epoch_0000", draw(generator, noise[:64])):
                 save_image(pixels[:64], samples_path / f"{name}.png")
                 writer.add_images(f"images/{tag}", pixels[:64], 0)
 
@@ -246,12 +242,10 @@ if __name__ == "__main__":
         noise = torch.randn(64, NOISE_DIM, generator=torch.Generator().manual_seed(config.SEED + 1)).to(device)
         samples = draw(generator, noise)
         save_image(samples, samples_path / "test.png")
-
         # Is noise space smooth? Each row walks from one noise vector to another; cos and sin keep the variance at 1.
         angle = torch.linspace(0, torch.pi / 2, 10, device=device).view(1, 10, 1)
         walks = noise[:8, None] * angle.cos() + noise[8:16, None] * angle.sin()  # (8, 10, NOISE_DIM)
         save_image(draw(generator, walks.flatten(0, 1)), samples_path / "interpolation.png", nrow=10)
-
         # Does it copy? Below each row of samples stand the training images nearest to them in pixel space.
         distances = [torch.cdist(samples.flatten(1), to_pixels(normalize(i)).flatten(1)) for i in images.split(5000)]
         nearest = to_pixels(normalize(images[torch.cat(distances, dim=1).argmin(dim=1)]))
