@@ -62,8 +62,8 @@ class Generator(nn.Sequential):
     """Turn noise (N, NOISE_DIM) from the standard normal distribution into images (N, 784) in (-1, 1)."""
     def __init__(self):
         super().__init__(
-            nn.Linear(NOISE_DIM, 256), nn.BatchNorm1d(256), nn.ReLU(),  # (N, 256)
-            nn.Linear(256, 512), nn.BatchNorm1d(512), nn.ReLU(),  # (N, 512)
+            nn.Linear(NOISE_DIM, 128), nn.BatchNorm1d(128), nn.ReLU(),  # (N, 128)
+            nn.Linear(128, 512), nn.BatchNorm1d(512), nn.ReLU(),  # (N, 512)
             nn.Linear(512, 28 * 28), nn.Tanh(),  # (N, 784)
         )
 
@@ -73,8 +73,8 @@ class Discriminator(nn.Sequential):
     def __init__(self):
         super().__init__(
             nn.Linear(28 * 28, 256), nn.LeakyReLU(0.2),  # (N, 256)
-            nn.Linear(256, 256), nn.LeakyReLU(0.2),  # (N, 256)
-            nn.Linear(256, 1), nn.Sigmoid(),  # (N, 1)
+            nn.Linear(256, 128), nn.LeakyReLU(0.2),  # (N, 128)
+            nn.Linear(128, 1), nn.Sigmoid(),  # (N, 1)
         )
 
 
