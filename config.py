@@ -1,9 +1,9 @@
-"""What the four scripts have in common: what a run does, its seed, and where its files go."""
+"""What the scripts have in common: what a run does, its seed, and where its files go."""
 from pathlib import Path
 
 TRAIN = True  # train: from the checkpoint if LOAD finds one, else from scratch
 LOAD = True  # start from the script's checkpoint if there is one; False starts over and overwrites it
-TEST = False  # draw samples from random noise; without TRAIN this needs LOAD and a checkpoint
+TEST = False  # draw samples, interpolations and nearest training images; without TRAIN this needs LOAD and a checkpoint
 
 SEED = 0  # one seed for weights, data order and noise
 

@@ -418,7 +418,7 @@ def test_bad_input_ends_with_status_1_and_one_line(name, place):
 @pytest.mark.parametrize("settings, named", [
     ({"BATCH_SIZE": TRAIN_IMAGES + 1}, "320"), ({"BATCH_SIZE": 1.5}, "BATCH_SIZE"), ({"EPOCHS": -1}, "EPOCHS"),
     ({"NOISE_DIM": 0}, "NOISE_DIM"), ({"BATCH_SIZE": 1}, "BATCH_SIZE"), ({"LEARNING_RATE": "3e-4"}, "Cannot start"),
-    ({"LEARNING_RATE": -1.0}, "LEARNING_RATE"), ({"BETAS": (0.5, 1.5)}, "BETAS"),
+    ({"LEARNING_RATE": -1.0}, "LEARNING_RATE"), ({"BETAS": (0.5, 1.5)}, "BETAS"), ({"BETAS": (0, 0.9)}, "BETAS"),
     ({"LOG_EVERY": 0}, "LOG_EVERY"),
 ])
 def test_impossible_settings_are_refused(name, settings, named, place):
@@ -561,9 +561,9 @@ def test_sliced_wasserstein_is_zero_for_equal_sets_and_the_shift_for_shifted_one
     assert distance(a, a + 0.25) == pytest.approx(0.25)  # with one pixel, every direction is plus or minus that pixel
 
 
-def test_bce_losses_at_known_points():
-    module = importlib.import_module("vanilla_gan")
-    undecided, sure = torch.full((4, 1), 0.5), torch.full((4, 1), 0.9)
-    assert module.get_disc_loss(undecided, undecided).item() == pytest.approx(0.6931, abs=1e-4)  # log 2
-    assert module.get_disc_loss(sure, 1 - sure).item() == pytest.approx(0.1054, abs=1e-4)  # -log 0.9
-    assert module.get_gen_loss(sure).item() == pytest.approx(0.1054, abs=1e-4)
+def test_bce_at_known_points():
+    bce = importlib.import_module("vanilla_gan").bce
+    undecided, sure, ones, zeros = (torch.full((4, 1), value) for value in (0.5, 0.9, 1.0, 0.0))
+    assert bce(undecided, ones).item() == bce(undecided, zeros).item() == pytest.approx(0.6931, abs=1e-4)  # log 2
+    assert bce(sure, ones).item() == pytest.approx(0.1054, abs=1e-4)  # -log 0.9
+    assert bce(sure, zeros).item() == pytest.approx(2.3026, abs=1e-4)  # -log 0.1

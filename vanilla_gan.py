@@ -27,14 +27,14 @@ import config
 # ---- Settings: edit a line to experiment, or copy the script and edit the copy ---------------------------------------
 NAME = Path(__file__).stem  # names the checkpoint, the samples and the TensorBoard run, so a copy keeps its own
 EPOCHS = 50  # passes over the training images; may be raised later to train on
-BATCH_SIZE = 128  # real images a step, and as many generated ones
+BATCH_SIZE = 128  # real images a step, and as many generated ones; a step is one update of D and one of G
 LEARNING_RATE = 3e-4  # Adam's step size, the same for both networks
 BETAS = (0.0, 0.999)  # Adam's memory of gradients and their squares; 0.0: the opponent changes, old gradients mislead
 NOISE_DIM = 64  # length of a noise vector z
 NORMALIZE_MEAN = 0.5  # a pixel in [0, 1] becomes (pixel - mean) / std: with 0.5 and 0.5 in [-1, 1], the range of tanh
 NORMALIZE_STD = 0.5  # MNIST's own 0.1307 and 0.3081 give [-0.42, 2.82]: beyond tanh, which stops at 1, so D wins
-SEED = config.SEED  # of weights, data order and noise; pictures and distances have generators of their own
-LOG_EVERY = 100  # steps averaged into one point of a TensorBoard curve
+SEED = config.SEED  # of weights, data order and noise; what is drawn for a look has random numbers of its own
+LOG_EVERY = 100  # steps averaged into one point of a curve of losses or probabilities
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -44,11 +44,11 @@ def load_images(train):
         return datasets.MNIST(config.DATA_PATH, train=train, download=True).data
     except Exception as error:  # no network, no space, or a file that is not what its name says
         files = ", ".join(name for name, _ in datasets.MNIST.resources)
-        sys.exit(f"No MNIST ({type(error).__name__}): put {files} in {config.DATA_PATH}/MNIST/raw, delete the rest.")
+        sys.exit(f"No MNIST ({type(error).__name__}): put {files} in {config.DATA_PATH}/MNIST/raw, nothing else.")
 
 
 def normalize(images):
-    """Turn uint8 images (N, 28, 28) into the networks' input: float (N, 784)."""
+    """Turn uint8 images (N, 28, 28) into what D is shown and G learns to imitate: float (N, 784)."""
     return (images.flatten(1).float() / 255 - NORMALIZE_MEAN) / NORMALIZE_STD
 
 
@@ -80,18 +80,8 @@ class Discriminator(nn.Sequential):
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 def bce(probability, target):
-    """Return BCELoss: the mean of -log(probability) where the target is 1, of -log(1 - probability) where it is 0."""
+    """Return nn.BCELoss of two (N, 1): the mean of -log(p) where the target is 1 and of -log(1 - p) where it is 0."""
     return nn.BCELoss()(probability.nan_to_num(), target)  # BCELoss refuses NaN, which the training loop reports
-
-
-def get_disc_loss(on_real, on_fake):
-    """Return D's loss from D(x) and D(G(z)), both (N, 1): the mean of its losses on real and on generated images."""
-    return (bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))) / 2
-
-
-def get_gen_loss(on_fake):
-    """Return G's loss from D(G(z)) (N, 1): -log D(G(z)), which pushes harder than equation 1 while G is bad."""
-    return bce(on_fake, torch.ones_like(on_fake))
 
 
 # ---- Looking at results ----------------------------------------------------------------------------------------------
@@ -105,7 +95,7 @@ def draw(generator, noise):
 
 
 def sliced_wasserstein(a, b):
-    """Return the sliced Wasserstein distance (Rabin et al. 2011) of two equally large sets of pictures (N, C, H, W):
+    """Return the sliced Wasserstein distance (after Rabin et al. 2011) of two equally large sets (N, C, H, W):
     project both on a direction, sort, take the mean gap; average over 256 random directions, always the same."""
     directions = torch.randn(a[0].numel(), 256, generator=torch.Generator().manual_seed(0))
     directions = nn.functional.normalize(directions, dim=0).to(a.device)  # of length 1
@@ -130,8 +120,10 @@ if __name__ == "__main__":
         for name, least in ("EPOCHS", 1), ("BATCH_SIZE", 2), ("NOISE_DIM", 1), ("LOG_EVERY", 1), ("SEED", 0):
             assert isinstance(settings[name], int) and settings[name] >= least, f"{name} must be an integer >= {least}"
         assert BATCH_SIZE <= len(images), f"BATCH_SIZE = {BATCH_SIZE} is more than the {len(images)} training images"
-        assert LEARNING_RATE >= 0 and all(0 <= b < 1 for b in BETAS), "LEARNING_RATE is negative or BETAS not in [0, 1)"
-        assert normalize(images[:1]).isfinite().all(), "NORMALIZE_MEAN and _STD must be finite, NORMALIZE_STD not 0"
+        assert LEARNING_RATE >= 0, f"LEARNING_RATE = {LEARNING_RATE} is below 0"
+        assert [isinstance(b, float) and 0 <= b < 1 for b in BETAS] == [True, True], "BETAS must be two floats in [0, 1)"
+        pixels = to_pixels(normalize(images[:1]))
+        assert pixels.isfinite().all(), "NORMALIZE_MEAN and NORMALIZE_STD must be finite, NORMALIZE_STD not 0"
         for folder in (samples_path, checkpoint_path.parent, runs_path)[:3 if config.TRAIN else 1]:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -140,7 +132,7 @@ if __name__ == "__main__":
 
     torch.manual_seed(SEED)
     generator, discriminator = Generator().to(device), Discriminator().to(device)
-    generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
+    generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # fused: faster
     discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
     parts = {"generator": generator, "generator_optimizer": generator_optimizer,
              "discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
@@ -167,20 +159,20 @@ if __name__ == "__main__":
 
     # ---- Train -------------------------------------------------------------------------------------------------------
     if config.TRAIN and done == EPOCHS:
-        print(f"{NAME}: all {EPOCHS} epochs are done. Raise EPOCHS to train on, set TEST = True to draw samples.")
+        print(f"{NAME}: all {EPOCHS} epochs are done. To train on raise EPOCHS, to draw set TEST = True in config.py.")
     elif config.TRAIN:
         print(f"Epochs {done + 1} to {EPOCHS} on {device}. Pictures: {samples_path}. Curves: {runs_path}.", flush=True)
         held_out = to_pixels(normalize(load_images(train=False)[::5][:len(images)].to(device)))  # 2,000, not trained on
-        real = to_pixels(normalize(images[:len(held_out)]))
-        real_distance = sliced_wasserstein(real, held_out)  # what a perfect generator would reach
+        real_pixels = to_pixels(normalize(images[:len(held_out)]))
+        real_distance = sliced_wasserstein(real_pixels, held_out)  # about what a perfect generator would reach
         noise = torch.randn(len(held_out) + 64, NOISE_DIM, generator=torch.Generator().manual_seed(SEED)).to(device)
         steps = len(images) // BATCH_SIZE  # in an epoch; the few images left over have their turn in another epoch
-        first = done * steps + 1 if done else 0  # curves count steps; drop what a killed run wrote after its checkpoint
+        is_real, is_fake = torch.ones(BATCH_SIZE, 1, device=device), torch.zeros(BATCH_SIZE, 1, device=device)
         tags = "loss/discriminator", "loss/generator", "prob/real", "prob/fake"
-        writer = SummaryWriter(runs_path, purge_step=first)
-        writer.add_text("settings", "  \n".join(f"{name} = {value!r}" for name, value in settings.items()), first)
+        writer = SummaryWriter(runs_path, purge_step=done * steps + 1 if done else 0)  # hide what a kill left over
+        writer.add_text("settings", "  \n".join(f"{key} = {value!r}" for key, value in settings.items()), done * steps)
         if done == 0:
-            for tag, name, pixels in ("real", "real", real), ("fake", "epoch_0000", draw(generator, noise[:64])):
+            for tag, name, pixels in ("real", "real", real_pixels), ("fake", "epoch_0000", draw(generator, noise[:64])):
                 save_image(pixels[:64], samples_path / f"{name}.png")
                 writer.add_images(f"images/{tag}", pixels[:64], 0)
 
@@ -191,20 +183,22 @@ if __name__ == "__main__":
             for step, batch in enumerate(order, 1):
                 real = normalize(images[batch])
                 fake = generator(torch.randn(BATCH_SIZE, NOISE_DIM, device=device))
+
                 # Discriminator: raise log D(x) + log(1 - D(G(z))). detach() keeps this loss from training G.
                 on_real, on_fake = discriminator(torch.cat([real, fake.detach()])).chunk(2)
-                disc_loss = get_disc_loss(on_real, on_fake)
+                disc_loss = (bce(on_real, is_real) + bce(on_fake, is_fake)) / 2
                 discriminator_optimizer.zero_grad()
                 disc_loss.backward()
                 discriminator_optimizer.step()
 
-                # Generator: raise log D(G(z)). Frozen, D passes the gradient on to G and computes none of its own.
-                discriminator.requires_grad_(False)
-                gen_loss = get_gen_loss(discriminator(fake))
+                # Generator: raise log D(G(z)), which is steeper than to lower log(1 - D(G(z))) while D(G(z)) is near 0.
+                discriminator.requires_grad_(False)  # frozen: D passes the gradient on to G, computes none of its own
+                gen_loss = bce(discriminator(fake), is_real)
                 generator_optimizer.zero_grad()
                 gen_loss.backward()
                 generator_optimizer.step()
                 discriminator.requires_grad_(True)
+
                 history[step - 1] = torch.stack([disc_loss, gen_loss, on_real.mean(), on_fake.mean()]).detach()
                 if time.perf_counter() - shown > 0.5 or step == steps:
                     means = history[:step].mean(dim=0).tolist()
@@ -237,14 +231,14 @@ if __name__ == "__main__":
     if config.TEST:
         noise = torch.randn(64, NOISE_DIM, generator=torch.Generator().manual_seed(SEED + 1)).to(device)
         samples = draw(generator, noise)
-        save_image(samples, samples_path / "test.png")
         # Is noise space smooth? Each row walks from one noise vector to another; cos and sin keep the variance at 1.
         angle = torch.linspace(0, torch.pi / 2, 10, device=device).view(1, 10, 1)
         walks = noise[:8, None] * angle.cos() + noise[8:16, None] * angle.sin()  # (8, 10, NOISE_DIM)
-        save_image(draw(generator, walks.flatten(0, 1)), samples_path / "interpolation.png", nrow=10)
         # Does it copy? Below each row of samples stand the training images nearest to them in pixel space.
         distances = [torch.cdist(samples.flatten(1), to_pixels(normalize(i)).flatten(1)) for i in images.split(5000)]
         nearest = to_pixels(normalize(images[torch.cat(distances, dim=1).argmin(dim=1)]))
         rows = torch.stack([samples.unflatten(0, (8, 8)), nearest.unflatten(0, (8, 8))], dim=1)  # (8, 2, 8, 1, 28, 28)
+        save_image(samples, samples_path / "test.png")
+        save_image(draw(generator, walks.flatten(0, 1)), samples_path / "interpolation.png", nrow=10)
         save_image(rows.flatten(0, 2), samples_path / "nearest.png")
         print(f"{NAME}: drew test.png, interpolation.png and nearest.png in {samples_path}")

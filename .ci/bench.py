@@ -60,15 +60,17 @@ def speed_of_bare_steps(module, steps, device):
                                      for net in (generator, discriminator))
     real = module.normalize(torch.randint(256, (module.BATCH_SIZE, 28, 28), dtype=torch.uint8, device=device))
     noise = torch.randn(module.BATCH_SIZE, module.NOISE_DIM, device=device)
+    is_real, is_fake = torch.ones(module.BATCH_SIZE, 1, device=device), torch.zeros(module.BATCH_SIZE, 1, device=device)
 
     def step():
         fake = generator(noise)
-        disc_loss = module.get_disc_loss(*discriminator(torch.cat([real, fake.detach()])).chunk(2))
+        on_real, on_fake = discriminator(torch.cat([real, fake.detach()])).chunk(2)
+        disc_loss = (module.bce(on_real, is_real) + module.bce(on_fake, is_fake)) / 2
         disc_optimizer.zero_grad()
         disc_loss.backward()
         disc_optimizer.step()
         discriminator.requires_grad_(False)
-        gen_loss = module.get_gen_loss(discriminator(fake))
+        gen_loss = module.bce(discriminator(fake), is_real)
         gen_optimizer.zero_grad()
         gen_loss.backward()
         gen_optimizer.step()
@@ -87,17 +89,18 @@ def speed_of_tutorial(module, steps, device):
     data = datasets.MNIST(ROOT / "data", download=True, transform=transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize(mean, std)]))
     data = Subset(data, range(module.BATCH_SIZE * (steps + 3)))
+    is_real, is_fake = torch.ones(module.BATCH_SIZE, 1, device=device), torch.zeros(module.BATCH_SIZE, 1, device=device)
     batches = iter(DataLoader(data, module.BATCH_SIZE, shuffle=True))
 
     def step():
         real = next(batches)[0].view(-1, *shape).to(device)
         fake = generator(torch.randn(len(real), module.NOISE_DIM, device=device))
-        disc_loss = module.get_disc_loss(discriminator(real), discriminator(fake.detach()))
+        disc_loss = (module.bce(discriminator(real), is_real) + module.bce(discriminator(fake.detach()), is_fake)) / 2
         disc_optimizer.zero_grad()
         disc_loss.backward()
         disc_optimizer.step()
         fake = generator(torch.randn(len(real), module.NOISE_DIM, device=device))
-        gen_loss = module.get_gen_loss(discriminator(fake))
+        gen_loss = module.bce(discriminator(fake), is_real)
         gen_optimizer.zero_grad()
         gen_loss.backward()
         gen_optimizer.step()
