@@ -49,7 +49,7 @@ def load_images(train):
 
 def normalize(images):
     """Turn uint8 images (N, 28, 28) into what D is shown and G learns to imitate: float (N, 784)."""
-    return (images.flatten(1).float() / 255 - NORMALIZE_MEAN) / NORMALIZE_STD
+    return (images.flatten(1) / 255 - NORMALIZE_MEAN) / NORMALIZE_STD
 
 
 def to_pixels(images):
