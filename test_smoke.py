@@ -567,3 +567,18 @@ def test_bce_at_known_points():
     assert bce(undecided, ones).item() == bce(undecided, zeros).item() == pytest.approx(0.6931, abs=1e-4)  # log 2
     assert bce(sure, ones).item() == pytest.approx(0.1054, abs=1e-4)  # -log 0.9
     assert bce(sure, zeros).item() == pytest.approx(2.3026, abs=1e-4)  # -log 0.1
+
+
+@each_script
+def test_networks_keep_to_their_shapes_and_ranges(name):
+    module = importlib.import_module(name)
+    generator = module.Generator()
+    for weights in generator.parameters():
+        weights.data *= 100  # drives it to its limits
+    images = generator(torch.randn(8, module.NOISE_DIM))
+    real = module.normalize(torch.tensor([0, 255], dtype=torch.uint8)[:, None, None].expand(2, 28, 28))
+    assert images.shape[1:] == real.shape[1:]
+    assert images.min() >= real.min() and images.max() <= real.max()  # draws nothing that no real image can show,
+    assert images.min() < real.min() + 0.01 and images.max() > real.max() - 0.01  # and everything that one can
+    answers = module.Discriminator()(100 * images)
+    assert answers.shape == (8, 1) and answers.min() >= 0 and answers.max() <= 1

@@ -121,7 +121,7 @@ if __name__ == "__main__":
             assert isinstance(settings[name], int) and settings[name] >= least, f"{name} must be an integer >= {least}"
         assert BATCH_SIZE <= len(images), f"BATCH_SIZE = {BATCH_SIZE} is more than the {len(images)} training images"
         assert LEARNING_RATE >= 0, f"LEARNING_RATE = {LEARNING_RATE} is below 0"
-        assert [isinstance(b, float) and 0 <= b < 1 for b in BETAS] == [True, True], "BETAS must be two floats in [0, 1)"
+        assert [isinstance(b, float) and 0 <= b < 1 for b in BETAS] == [True] * 2, "BETAS must be two floats in [0, 1)"
         pixels = to_pixels(normalize(images[:1]))
         assert pixels.isfinite().all(), "NORMALIZE_MEAN and NORMALIZE_STD must be finite, NORMALIZE_STD not 0"
         for folder in (samples_path, checkpoint_path.parent, runs_path)[:3 if config.TRAIN else 1]:
