@@ -529,6 +529,24 @@ def test_weights_that_overflow_in_the_last_step_are_not_saved(name, place):
     assert not (script.parent / "checkpoints" / f"{name}.pt").exists()
 
 
+# ---- One skeleton --------------------------------------------------------------------------------------------------
+def shared_parts(text):
+    """Return the parts of a script that are the same text in all of them, but for the name of the second network."""
+    text = text.replace("critic", "discriminator").replace("Critic", "Discriminator")
+    function = text[text.index("def sliced_wasserstein"):text.index("if __name__")]
+    load = text[text.index("    # ---- Load"):text.index("    # ---- Train")]
+    save = text[text.index("            writer.flush()"):text.index("    # ---- Test")]
+    return function + load + save
+
+
+@each_script
+def test_shared_lines_are_identical(name):
+    first, text = ((HERE / f"{script}.py").read_text(encoding="utf-8") for script in (next(iter(SCRIPTS)), name))
+    assert shared_parts(text) == shared_parts(first)
+    for line in "weights_only=True", "dim=0).values", ".replace(checkpoint_path)":  # a line that drifts is noticed
+        assert line in text and shared_parts(text.replace(line, line.upper())) != shared_parts(first)
+
+
 # ---- Values ----------------------------------------------------------------------------------------------------------
 @each_script
 @pytest.mark.parametrize("mean, std", [(0.5, 0.5), (0.1307, 0.3081)])
