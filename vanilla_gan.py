@@ -11,7 +11,6 @@ Expect:  digits after 5 epochs, most of them legible after 10; 50 epochs take 4 
 """
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -19,8 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from torchvision import datasets
-from torchvision.utils import save_image
+from torchvision import datasets, utils
 
 import config
 
@@ -43,8 +41,7 @@ def load_images(train):
     try:
         return datasets.MNIST(config.DATA_PATH, train=train, download=True).data
     except Exception as error:  # no network, no space, or a file that is not what its name says
-        files = ", ".join(name for name, _ in datasets.MNIST.resources)
-        sys.exit(f"No MNIST ({type(error).__name__}): put {files} in {config.DATA_PATH}/MNIST/raw, nothing else.")
+        sys.exit(f"No MNIST ({type(error).__name__}): put its four .gz archives alone in {config.DATA_PATH}/MNIST/raw.")
 
 
 def normalize(images):
@@ -59,7 +56,7 @@ def to_pixels(images):
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
 class Generator(nn.Sequential):
-    """Turn noise (N, NOISE_DIM) from the standard normal distribution into images (N, 784) in (-1, 1)."""
+    """Turn noise (N, NOISE_DIM) from the standard normal distribution into images (N, 784) in [-1, 1]."""
     def __init__(self):
         super().__init__(
             nn.Linear(NOISE_DIM, 128), nn.BatchNorm1d(128), nn.ReLU(),  # (N, 128)
@@ -111,29 +108,24 @@ if __name__ == "__main__":
     settings = {key: value if isinstance(value, (int, float, str, tuple)) else repr(value)  # plain: loads safely
                 for key, value in globals().items() if key.isupper()}
     checkpoint_path = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
-    samples_path = Path(config.SAMPLES_PATH, NAME)
-    runs_path = Path(config.TENSORBOARD_PATH, NAME)
-    if not config.TRAIN and not (config.TEST and config.LOAD and checkpoint_path.exists()):
-        sys.exit(f"Nothing to do: set TRAIN = True in config.py, or TEST and LOAD once there is a {checkpoint_path}.")
-    images = load_images(train=True).to(device)  # all 47 MB stay on the device: training reads no file
+    samples_path, runs_path = Path(config.SAMPLES_PATH, NAME), Path(config.TENSORBOARD_PATH, NAME)
     try:
+        assert config.TRAIN or config.TEST and config.LOAD and checkpoint_path.exists(), "TRAIN first, or LOAD and TEST"
+        images = load_images(train=True).to(device)  # they stay there: training reads no file
         for name, least in ("EPOCHS", 1), ("BATCH_SIZE", 2), ("NOISE_DIM", 1), ("LOG_EVERY", 1), ("SEED", 0):
             assert isinstance(settings[name], int) and settings[name] >= least, f"{name} must be an integer >= {least}"
         assert BATCH_SIZE <= len(images), f"BATCH_SIZE = {BATCH_SIZE} is more than the {len(images)} training images"
-        assert LEARNING_RATE >= 0, f"LEARNING_RATE = {LEARNING_RATE} is below 0"
-        assert [isinstance(b, float) and 0 <= b < 1 for b in BETAS] == [True] * 2, "BETAS must be two floats in [0, 1)"
         pixels = to_pixels(normalize(images[:1]))
         assert pixels.isfinite().all(), "NORMALIZE_MEAN and NORMALIZE_STD must be finite, NORMALIZE_STD not 0"
         for folder in (samples_path, checkpoint_path.parent, runs_path)[:3 if config.TRAIN else 1]:
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except Exception as error:  # an impossible setting, a folder that cannot be written
-        sys.exit(f"Cannot start: {error}. Mend it in the settings of this script or in config.py.")
-
-    torch.manual_seed(SEED)
-    generator, discriminator = Generator().to(device), Discriminator().to(device)
-    generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # fused: faster
-    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
+        torch.manual_seed(SEED)
+        generator, discriminator = Generator().to(device), Discriminator().to(device)
+        generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # one pass
+        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
+        settings |= {"Generator": repr(generator), "Discriminator": repr(discriminator)}  # so that none changes
+    except Exception as error:  # an impossible setting, a folder that cannot be made
+        sys.exit(f"Cannot start: {error}. Mend it in this script or in config.py.")
     parts = {"generator": generator, "generator_optimizer": generator_optimizer,
              "discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
     rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the random state
@@ -147,15 +139,13 @@ if __name__ == "__main__":
             for name in settings | checkpoint["settings"]:
                 now, then = settings.get(name), checkpoint["settings"].get(name)
                 if now != then and not (name == "EPOCHS" and now > then):
-                    sys.exit(f"{name} = {now}, but {then} in {checkpoint_path}: set it back, or LOAD = False.")
+                    sys.exit(f"{name} = {now!r:.50} but {then!r:.50} in {checkpoint_path}: undo it, or LOAD = False.")
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
-            if device.type in checkpoint["random_state"]:  # a CPU cannot go on with a GPU's random numbers
-                rng.set_rng_state(checkpoint["random_state"][device.type])
+            rng.set_rng_state(checkpoint["random_state"].get(device.type, rng.get_rng_state()))  # not another device's
             done = checkpoint["epoch"]
         except Exception as error:  # damaged, foreign or malicious, or the networks have changed since
-            reason = f"{type(error).__name__}: {error}".splitlines()[-1].strip()
-            sys.exit(f"{checkpoint_path} does not fit ({reason}): move it away, or set LOAD = False to start over.")
+            sys.exit(f"{checkpoint_path} does not fit ({error!r:.120}): move it away, or LOAD = False to start over.")
 
     # ---- Train -------------------------------------------------------------------------------------------------------
     if config.TRAIN and done == EPOCHS:
@@ -165,7 +155,7 @@ if __name__ == "__main__":
         held_out = to_pixels(normalize(load_images(train=False)[::5][:len(images)].to(device)))  # 2,000, not trained on
         real_pixels = to_pixels(normalize(images[:len(held_out)]))
         real_distance = sliced_wasserstein(real_pixels, held_out)  # about what a perfect generator would reach
-        noise = torch.randn(len(held_out) + 64, NOISE_DIM, generator=torch.Generator().manual_seed(SEED)).to(device)
+        noise = torch.randn(max(64, len(held_out)), NOISE_DIM, generator=torch.Generator().manual_seed(SEED)).to(device)
         steps = len(images) // BATCH_SIZE  # in an epoch; the few images left over have their turn in another epoch
         is_real, is_fake = torch.ones(BATCH_SIZE, 1, device=device), torch.zeros(BATCH_SIZE, 1, device=device)
         tags = "loss/discriminator", "loss/generator", "prob/real", "prob/fake"
@@ -173,12 +163,11 @@ if __name__ == "__main__":
         writer.add_text("settings", "  \n".join(f"{key} = {value!r}" for key, value in settings.items()), done * steps)
         if done == 0:
             for tag, name, pixels in ("real", "real", real_pixels), ("fake", "epoch_0000", draw(generator, noise[:64])):
-                save_image(pixels[:64], samples_path / f"{name}.png")
+                utils.save_image(pixels[:64], samples_path / f"{name}.png")
                 writer.add_images(f"images/{tag}", pixels[:64], 0)
-
         for epoch in range(done + 1, EPOCHS + 1):
             order = torch.randperm(len(images), device=device)[:steps * BATCH_SIZE].view(steps, BATCH_SIZE)
-            history = torch.empty(steps, len(tags), device=device)  # stays there: reading it waits for the GPU
+            history = torch.empty(steps, len(tags), device=device)  # kept on the device, as reading waits for it
             start = shown = time.perf_counter()
             for step, batch in enumerate(order, 1):
                 real = normalize(images[batch])
@@ -201,13 +190,11 @@ if __name__ == "__main__":
 
                 history[step - 1] = torch.stack([disc_loss, gen_loss, on_real.mean(), on_fake.mean()]).detach()
                 if time.perf_counter() - shown > 0.5 or step == steps:
-                    means = history[:step].mean(dim=0).tolist()
-                    shown = time.perf_counter()
-                    speed = step * BATCH_SIZE / (shown - start)
+                    means, shown = history[:step].mean(dim=0).tolist(), time.perf_counter()
+                    speed = order[:step].numel() / (shown - start)
                     line = f"epoch {epoch}/{EPOCHS}  D {means[0]:.3f}  G {means[1]:.3f}  {speed:,.0f} images/s"
-                    left = ((EPOCHS - epoch + 1) * steps - step) * BATCH_SIZE / speed / 60
-                    if live:
-                        print(f"\r{line}  {step / steps:4.0%}  {left:.1f} min left ", end="", flush=True)
+                    left = ((EPOCHS - epoch + 1) * steps / step - 1) * (shown - start) / 60
+                    print(f"\r{line}  {step / steps:4.0%}  {left:.1f} min left " * live, end="", flush=True)
             pixels = draw(generator, noise)
             distance = sliced_wasserstein(pixels[:len(held_out)], held_out)
             print("\r" * live + f"{line}  distance {distance:.4f} (real {real_distance:.4f})", flush=True)
@@ -220,12 +207,11 @@ if __name__ == "__main__":
             writer.add_scalar("speed/images_per_second", speed, epoch * steps)
             writer.add_images("images/fake", pixels[:64], epoch * steps)
             writer.flush()  # before the checkpoint, so that a kill in between leaves no gap in the curves
-            save_image(pixels[:64], samples_path / f"epoch_{epoch:04}.png")
+            utils.save_image(pixels[:64], samples_path / f"epoch_{epoch:04}.png")
             checkpoint = {"epoch": epoch, "settings": settings, "random_state": {device.type: rng.get_rng_state()}}
             checkpoint |= {name: part.state_dict() for name, part in parts.items()}
             torch.save(checkpoint, checkpoint_path.with_suffix(".tmp"))
             checkpoint_path.with_suffix(".tmp").replace(checkpoint_path)  # whole or not at all, whenever it is killed
-        writer.close()
 
     # ---- Test --------------------------------------------------------------------------------------------------------
     if config.TEST:
@@ -234,11 +220,10 @@ if __name__ == "__main__":
         # Is noise space smooth? Each row walks from one noise vector to another; cos and sin keep the variance at 1.
         angle = torch.linspace(0, torch.pi / 2, 10, device=device).view(1, 10, 1)
         walks = noise[:8, None] * angle.cos() + noise[8:16, None] * angle.sin()  # (8, 10, NOISE_DIM)
-        # Does it copy? Below each row of samples stand the training images nearest to them in pixel space.
+        # Does it copy? To the right of each sample stands the training image nearest to it in pixel space.
         distances = [torch.cdist(samples.flatten(1), to_pixels(normalize(i)).flatten(1)) for i in images.split(5000)]
         nearest = to_pixels(normalize(images[torch.cat(distances, dim=1).argmin(dim=1)]))
-        rows = torch.stack([samples.unflatten(0, (8, 8)), nearest.unflatten(0, (8, 8))], dim=1)  # (8, 2, 8, 1, 28, 28)
-        save_image(samples, samples_path / "test.png")
-        save_image(draw(generator, walks.flatten(0, 1)), samples_path / "interpolation.png", nrow=10)
-        save_image(rows.flatten(0, 2), samples_path / "nearest.png")
+        utils.save_image(samples, samples_path / "test.png")
+        utils.save_image(draw(generator, walks.flatten(0, 1)), samples_path / "interpolation.png", nrow=10)
+        utils.save_image(torch.stack([samples, nearest], dim=1).flatten(0, 1), samples_path / "nearest.png", nrow=16)
         print(f"{NAME}: drew test.png, interpolation.png and nearest.png in {samples_path}")

@@ -1,7 +1,7 @@
 """Measure the scripts' training speed: python .ci/bench.py [SCRIPT ...]
 
 For each script, several rounds of three measurements in turn, so that a machine that slows down slows all three:
-- script:   the script itself, run as a user runs it on a cut of the data; the images/s it prints for its second epoch
+- script:   the script itself, run as a user runs it on a cut of MNIST; the images/s it prints for its second epoch
 - bare:     the same networks, forward and backward passes and optimizer steps, again and again on one fixed batch
 - tutorial: the usual way: DataLoader with ToTensor and Normalize, default Adam, a generator pass for each loss,
             a discriminator pass for each half of its batch, nothing frozen, .item() in every step
@@ -9,7 +9,7 @@ Prints the median images/s of each, and the median over the rounds of the ratios
 """
 import contextlib
 import gzip
-import importlib
+import importlib.util
 import re
 import shutil
 import statistics
@@ -24,8 +24,13 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-STEPS = {"vanilla_gan": 300}  # of one measurement: a few seconds
+# Each script with the steps of one measurement, some seconds long, and the settings that differ from its own.
+SCRIPTS = {
+    "vanilla_gan": (300, {}),
+    "bce_logits_gan": (100, {}),
+    "conv_gan": (6, {}),
+    "dcgan_wgan_gp": (8, {"DATASET": "mnist", "FEATURES": 16}),
+}
 ROUNDS = 7
 
 
@@ -40,86 +45,120 @@ def cut_mnist(folder, count):
             (folder / f"{name}-{kind}-ubyte").write_bytes(start + content)
 
 
-def speed_of_script(name, steps, batch_size):
-    """Return the images/s that a copy of the script prints for its second epoch of `steps` steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        cut_mnist(folder / "data" / "MNIST" / "raw", steps * batch_size)
-        shutil.copy(ROOT / "config.py", folder)
-        text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        (folder / f"{name}.py").write_text(re.sub(r"^EPOCHS = \d+", "EPOCHS = 2", text, flags=re.M), encoding="utf-8")
-        script = [sys.executable, folder / f"{name}.py"]
-        output = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=True).stdout
+def place(name, folder):
+    """Put a copy of the script with two epochs of the wanted length into the folder; return it as a module."""
+    steps, settings = SCRIPTS[name]
+    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    for key, value in {"EPOCHS": 2, **settings}.items():
+        text = re.sub(rf"^{key} = [^ ]+", f"{key} = {value!r}", text, flags=re.MULTILINE)
+    (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    shutil.copy(ROOT / "config.py", folder)
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cut_mnist(folder / "data" / "MNIST" / "raw", steps * module.BATCH_SIZE)
+    return module
+
+
+def speed_of_script(folder, name):
+    """Return the images/s that the script in the folder prints for its second epoch."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    script = [sys.executable, folder / f"{name}.py"]
+    output = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=True).stdout
     return float(re.search(r"epoch 2/2 .*?([\d,]+) images/s", output)[1].replace(",", ""))
+
+
+class Game:
+    """Both networks of a script with their optimizers, and the pieces of a step."""
+    def __init__(self, module, device, fused):
+        self.module, self.device, self.wasserstein = module, device, hasattr(module, "Critic")
+        self.generator = module.Generator().to(device)
+        self.critic = (module.Critic if self.wasserstein else module.Discriminator)().to(device)  # or discriminator
+        self.gen_optimizer, self.critic_optimizer = (
+            torch.optim.Adam(net.parameters(), module.LEARNING_RATE, module.BETAS, fused=True if fused else None)
+            for net in (self.generator, self.critic))
+        self.is_real = torch.ones(module.BATCH_SIZE, 1, device=device)
+        self.is_fake = torch.zeros(module.BATCH_SIZE, 1, device=device)
+        self.critic_steps = module.CRITIC_STEPS if self.wasserstein else 1
+
+    def noise(self):
+        shape = (self.module.NOISE_DIM, 1, 1) if self.wasserstein else (self.module.NOISE_DIM,)
+        return torch.randn(self.module.BATCH_SIZE, *shape, device=self.device)
+
+    def critic_loss(self, on_real, on_fake, real, fake):
+        if self.wasserstein:
+            penalty, _ = self.module.gradient_penalty(self.critic, real, fake)
+            return penalty - on_real.mean() + on_fake.mean()
+        return (self.module.bce(on_real, self.is_real) + self.module.bce(on_fake, self.is_fake)) / 2
+
+    def gen_loss(self, on_fake):
+        return -on_fake.mean() if self.wasserstein else self.module.bce(on_fake, self.is_real)
+
+    def speed(self, step, steps):
+        """Return the images/s of `steps` calls, after three that are not counted."""
+        for _ in range(3):
+            step()
+        synchronize = torch.accelerator.synchronize if self.device.type != "cpu" else contextlib.nullcontext
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronize()
+        return self.module.BATCH_SIZE * self.critic_steps * steps / (time.perf_counter() - start)
+
+
+def train(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def speed_of_bare_steps(module, steps, device):
     """Return the images/s of the script's arithmetic alone."""
-    generator, discriminator = module.Generator().to(device), module.Discriminator().to(device)
-    gen_optimizer, disc_optimizer = (torch.optim.Adam(net.parameters(), module.LEARNING_RATE, module.BETAS, fused=True)
-                                     for net in (generator, discriminator))
-    real = module.normalize(torch.randint(256, (module.BATCH_SIZE, 28, 28), dtype=torch.uint8, device=device))
-    noise = torch.randn(module.BATCH_SIZE, module.NOISE_DIM, device=device)
-    is_real, is_fake = torch.ones(module.BATCH_SIZE, 1, device=device), torch.zeros(module.BATCH_SIZE, 1, device=device)
+    game = Game(module, device, fused=True)
+    shape = (1, 28, 28) if game.wasserstein else (28, 28)
+    real = module.normalize(torch.randint(256, (module.BATCH_SIZE, *shape), dtype=torch.uint8, device=device))
+    noise = game.noise()
 
     def step():
-        fake = generator(noise)
-        on_real, on_fake = discriminator(torch.cat([real, fake.detach()])).chunk(2)
-        disc_loss = (module.bce(on_real, is_real) + module.bce(on_fake, is_fake)) / 2
-        disc_optimizer.zero_grad()
-        disc_loss.backward()
-        disc_optimizer.step()
-        discriminator.requires_grad_(False)
-        gen_loss = module.bce(discriminator(fake), is_real)
-        gen_optimizer.zero_grad()
-        gen_loss.backward()
-        gen_optimizer.step()
-        discriminator.requires_grad_(True)
+        for _ in range(game.critic_steps):
+            fake = game.generator(noise)
+            on_real, on_fake = game.critic(torch.cat([real, fake.detach()])).chunk(2)
+            train(game.critic_optimizer, game.critic_loss(on_real, on_fake, real, fake.detach()))
+        game.critic.requires_grad_(False)
+        train(game.gen_optimizer, game.gen_loss(game.critic(game.generator(noise) if game.wasserstein else fake)))
+        game.critic.requires_grad_(True)
 
-    return module.BATCH_SIZE * steps / timed(step, steps, device)
+    return game.speed(step, steps)
 
 
-def speed_of_tutorial(module, steps, device):
+def speed_of_tutorial(module, steps, device, folder):
     """Return the images/s of the usual way with the same networks and batch size."""
-    generator, discriminator = module.Generator().to(device), module.Discriminator().to(device)
-    gen_optimizer, disc_optimizer = (torch.optim.Adam(net.parameters(), module.LEARNING_RATE, module.BETAS)
-                                     for net in (generator, discriminator))
-    shape = module.normalize(torch.zeros(1, 28, 28, dtype=torch.uint8)).shape[1:]
+    game = Game(module, device, fused=False)
     mean, std = getattr(module, "NORMALIZE_MEAN", 0.5), getattr(module, "NORMALIZE_STD", 0.5)
-    data = datasets.MNIST(ROOT / "data", download=True, transform=transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize(mean, std)]))
-    data = Subset(data, range(module.BATCH_SIZE * (steps + 3)))
-    is_real, is_fake = torch.ones(module.BATCH_SIZE, 1, device=device), torch.zeros(module.BATCH_SIZE, 1, device=device)
-    batches = iter(DataLoader(data, module.BATCH_SIZE, shuffle=True))
+    if isinstance(list(module.Generator())[-1], torch.nn.Sigmoid):
+        mean, std = 0.0, 1.0
+    ways = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    data = datasets.MNIST(folder / "data", transform=transforms.Compose(
+        [transforms.Resize(64)] * game.wasserstein + ways))
+    shape = module.normalize(torch.zeros(1, *[1] * game.wasserstein, 28, 28)).shape[1:]
+
+    def endless():
+        while True:
+            yield from DataLoader(data, module.BATCH_SIZE, shuffle=True)
+    batches = endless()
 
     def step():
-        real = next(batches)[0].view(-1, *shape).to(device)
-        fake = generator(torch.randn(len(real), module.NOISE_DIM, device=device))
-        disc_loss = (module.bce(discriminator(real), is_real) + module.bce(discriminator(fake.detach()), is_fake)) / 2
-        disc_optimizer.zero_grad()
-        disc_loss.backward()
-        disc_optimizer.step()
-        fake = generator(torch.randn(len(real), module.NOISE_DIM, device=device))
-        gen_loss = module.bce(discriminator(fake), is_real)
-        gen_optimizer.zero_grad()
-        gen_loss.backward()
-        gen_optimizer.step()
-        return disc_loss.item(), gen_loss.item()
+        for _ in range(game.critic_steps):
+            real = next(batches)[0].view(-1, *shape).to(device)
+            fake = game.generator(game.noise()).detach()
+            loss = game.critic_loss(game.critic(real), game.critic(fake), real, fake)
+            train(game.critic_optimizer, loss)
+        gen_loss = game.gen_loss(game.critic(game.generator(game.noise())))
+        train(game.gen_optimizer, gen_loss)
+        return loss.item(), gen_loss.item()
 
-    return module.BATCH_SIZE * steps / timed(step, steps, device)
-
-
-def timed(step, steps, device):
-    """Return the seconds that `steps` steps take, after three that are not counted."""
-    for _ in range(3):
-        step()
-    synchronize = torch.accelerator.synchronize if device.type != "cpu" else contextlib.nullcontext
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize()
-    return time.perf_counter() - start
+    return game.speed(step, steps)
 
 
 if __name__ == "__main__":
@@ -127,13 +166,15 @@ if __name__ == "__main__":
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print(f"torch {torch.__version__} on {device}{threads}; medians of {ROUNDS} rounds")
     print(f"{'script':16}{'script':>12}{'bare':>12}{'tutorial':>12}{'script/bare':>14}{'script/tutorial':>18}")
-    for name in sys.argv[1:] or STEPS:
-        name = name.removesuffix(".py")
-        module, steps, rounds = importlib.import_module(name), STEPS[name], []
-        for _ in range(ROUNDS):
-            rounds.append((speed_of_script(name, steps, module.BATCH_SIZE),
-                           speed_of_bare_steps(module, steps, device),
-                           speed_of_tutorial(module, steps, device)))
+    sys.path.insert(0, str(ROOT))  # for config.py
+    for name in sys.argv[1:] or SCRIPTS:
+        name, rounds = name.removesuffix(".py"), []
+        with tempfile.TemporaryDirectory() as folder:
+            folder, steps = Path(folder), SCRIPTS[name][0]
+            module = place(name, folder)
+            for _ in range(ROUNDS):
+                rounds.append((speed_of_script(folder, name), speed_of_bare_steps(module, steps, device),
+                               speed_of_tutorial(module, steps, device, folder)))
         script, bare, tutorial = (statistics.median(speeds) for speeds in zip(*rounds))
         to_bare = statistics.median(script / bare for script, bare, _ in rounds)
         to_tutorial = statistics.median(script / tutorial for script, _, tutorial in rounds)
