@@ -31,7 +31,7 @@ SCRIPTS = {
     "conv_gan": (6, {}),
     "dcgan_wgan_gp": (8, {"DATASET": "mnist", "FEATURES": 16}),
 }
-ROUNDS = 7
+ROUNDS = 5
 
 
 def cut_mnist(folder, count):
