@@ -233,6 +233,10 @@ def test_training_leaves_what_it_promises(name, trained):
     assert set(checkpoint) == {"epoch", "settings", "random_state"} | networks | optimizers
     assert all(tensor.isfinite().all() for key in networks for tensor in checkpoint[key].values())
 
+    steps = 4 * (TRAIN_IMAGES // checkpoint["settings"]["BATCH_SIZE"])
+    expected = {key: steps * (checkpoint["settings"]["CRITIC_STEPS"] if key == "critic" else 1) for key in networks}
+    assert {key: checkpoint[f"{key}_optimizer"]["state"][0]["step"].item() for key in networks} == expected
+
     samples = script.parent / "samples" / name
     assert sorted(path.name for path in samples.iterdir()) == [f"epoch_000{i}.png" for i in range(5)] + ["real.png"]
     assert not (script.parent / "network").exists()
@@ -490,7 +494,7 @@ def test_changed_settings_and_networks_are_refused_by_name(name, copy_of):
     edit(script.parent / "config.py", SEED=1)
     assert "SEED" in refused(script)
     edit(script.parent / "config.py", SEED=0)
-    script.write_text(text.replace("nn.LeakyReLU(0.2)", "nn.PReLU()"), encoding="utf-8")
+    script.write_text(text.replace("nn.LeakyReLU(0.2)", "nn.LeakyReLU(0.3)"), encoding="utf-8")
     assert "Generator" in refused(script) or "Discriminator" in refused(script) or "Critic" in refused(script)
     assert snapshot(script.parent) == before
 
