@@ -123,7 +123,7 @@ if __name__ == "__main__":
         generator, discriminator = Generator().to(device), Discriminator().to(device)
         generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # one pass
         discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-        settings |= {"Generator": repr(generator), "Discriminator": repr(discriminator)}  # so that none changes
+        settings |= {"Generator": repr(generator), "Discriminator": repr(discriminator)}  # a changed layer is refused
     except Exception as error:  # an impossible setting, a folder that cannot be made
         sys.exit(f"Cannot start: {error}. Mend it in this script or in config.py.")
     parts = {"generator": generator, "generator_optimizer": generator_optimizer,

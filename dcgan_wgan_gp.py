@@ -142,7 +142,7 @@ if __name__ == "__main__":
         generator, critic = Generator().to(device), Critic().to(device)
         generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # one pass
         critic_optimizer = torch.optim.Adam(critic.parameters(), LEARNING_RATE, BETAS, fused=True)
-        settings |= {"Generator": repr(generator), "Critic": repr(critic)}  # so that none changes
+        settings |= {"Generator": repr(generator), "Critic": repr(critic)}  # a changed layer is refused
     except Exception as error:  # an impossible setting, a folder that cannot be made
         sys.exit(f"Cannot start: {error}. Mend it in this script or in config.py.")
     parts = {"generator": generator, "generator_optimizer": generator_optimizer,
