@@ -1,8 +1,8 @@
-"""Logits GAN: the game of vanilla_gan.py with a loss that stays exact, and networks built from blocks.
+"""Logits GAN: the game of vanilla_gan.py with a loss that stays exact, deeper networks of blocks, images in [0, 1].
 
 There D ends in a sigmoid, and the loss takes its logarithm. On the way float32 loses the logit s, the sigmoid's input:
 sigmoid(17) is 1, sigmoid(-200) is 0, BCELoss cuts log(0) off at -100, and the gradient is 0 just where the loss is
-largest. Here D ends in s, and BCEWithLogitsLoss takes sigmoid and logarithm together, by the log-sum-exp trick:
+largest. Here D ends in s, and BCEWithLogitsLoss takes the larger exponent out of the log (log-sum-exp trick):
 
     -log sigmoid(s)  =  log(exp(0) + exp(-s))  =  max(0, -s) + log(1 + exp(-|s|))
 
@@ -25,14 +25,14 @@ import config
 
 # ---- Settings: edit a line to experiment, or copy the script and edit the copy ---------------------------------------
 NAME = Path(__file__).stem  # names the checkpoint, the samples and the TensorBoard run, so a copy keeps its own
-EPOCHS = 50  # passes over the training images; may be raised later to train on
-BATCH_SIZE = 128  # real images a step, and as many generated ones; a step is one update of D and one of G
+EPOCHS = 50  # passes over the training images; may be raised later to go on
+BATCH_SIZE = 128  # real images a step, and as many generated ones; a step updates D, then G; BatchNorm needs 2
 LEARNING_RATE = 3e-4  # Adam's step size, the same for both networks
 BETAS = (0.0, 0.999)  # Adam's memory of gradients and their squares; 0.0: the opponent changes, old gradients mislead
 NOISE_DIM = 64  # length of a noise vector z
-HIDDEN_DIM = 64  # width of G's first and D's last block; the others are 2, 4 and 8 times as wide
-SEED = config.SEED  # of weights, data order and noise; what is drawn for a look has random numbers of its own
-LOG_EVERY = 100  # steps averaged into one point of a curve of losses or probabilities
+HIDDEN_DIM = 64  # width of G's first and D's last block; G's others have 2, 4, 8 times as much, D's 2 and 4
+SEED = config.SEED  # of weights, data order and noise; pictures have random numbers of their own
+LOG_EVERY = 100  # steps averaged into one point of the curves drawn within an epoch
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def to_pixels(images):
     return images.view(-1, 1, 28, 28)
 
 
-# ---- Networks --------------------------------------------------------------------------------------------------------
+# ---- Networks: shapes are for HIDDEN_DIM = 64 ------------------------------------------------------------------------
 def get_gen_block(in_dim, out_dim):
     """Return a block of the generator, (N, in_dim) to (N, out_dim): to try another layer, change it here alone."""
     return nn.Sequential(nn.Linear(in_dim, out_dim), nn.BatchNorm1d(out_dim), nn.ReLU())
@@ -93,8 +93,8 @@ bce = nn.BCEWithLogitsLoss()  # mean of -log sigmoid(s) where the target is 1, o
 
 
 def get_disc_loss(on_real, on_fake):
-    """Return D's loss from its logits (N, 1). An image that it is wrong and sure about costs |s|, far above 1. Neither
-    player may win: G learns where D is in doubt. At log 2 = 0.69 D only guesses."""
+    """Return D's loss from its logits (N, 1). An image that it is wrong and sure about costs about |s|, one on which it
+    guesses (s = 0) log 2 = 0.69. Near 0 D has won, and G learns little."""
     return (bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))) / 2
 
 
@@ -114,8 +114,8 @@ def draw(generator, noise):
 
 
 def sliced_wasserstein(a, b):
-    """Return the sliced Wasserstein distance (after Rabin et al. 2011) of two equally large sets (N, C, H, W):
-    project both on a direction, sort, take the mean gap; average over 256 random directions, always the same."""
+    """Return how far apart two equally large sets (N, C, H, W) are (sliced Wasserstein, after Rabin et al. 2011):
+    project both on a direction, sort, average |a - b| by rank, then over 256 random directions, always the same."""
     directions = torch.randn(a[0].numel(), 256, generator=torch.Generator().manual_seed(0))
     directions = nn.functional.normalize(directions, dim=0).to(a.device)  # of length 1
     a, b = ((pixels.flatten(1) @ directions).sort(dim=0).values for pixels in (a, b))  # (N, 256)
@@ -125,7 +125,7 @@ def sliced_wasserstein(a, b):
 if __name__ == "__main__":
     # ---- Device and set-up -------------------------------------------------------------------------------------------
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    live = sys.stdout.isatty()  # a terminal shows a line that changes within the epoch; a file gets one line an epoch
+    live = sys.stdout.isatty()  # text * live is for a terminal alone, where a line changes within the epoch
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\n" * live + "Stopped. Run again with LOAD = True to go on."))
     settings = {key: value if isinstance(value, (int, float, str, tuple)) else repr(value)  # plain: loads safely
                 for key, value in globals().items() if key.isupper()}
@@ -142,9 +142,9 @@ if __name__ == "__main__":
             folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(SEED)
         generator, discriminator = Generator().to(device), Discriminator().to(device)
-        generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # one pass
+        generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # quicker
         discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-        settings |= {"Generator": repr(generator), "Discriminator": repr(discriminator)}  # a changed layer is refused
+        settings |= {"Generator": repr(generator), "Discriminator": repr(discriminator)}  # Load refuses other layers
     except Exception as error:  # an impossible setting, a folder that cannot be made
         sys.exit(f"Cannot start: {error}. Mend it in this script or in config.py.")
     parts = {"generator": generator, "generator_optimizer": generator_optimizer,
@@ -165,7 +165,7 @@ if __name__ == "__main__":
                 part.load_state_dict(checkpoint[name])
             rng.set_rng_state(checkpoint["random_state"].get(device.type, rng.get_rng_state()))  # not another device's
             done = checkpoint["epoch"]
-        except Exception as error:  # damaged, foreign or malicious, or the networks have changed since
+        except Exception as error:  # damaged, foreign or malicious
             sys.exit(f"{checkpoint_path} does not fit ({error!r:.120}): move it away, or LOAD = False to start over.")
 
     # ---- Train -------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ if __name__ == "__main__":
         noise = torch.randn(max(64, len(held_out)), NOISE_DIM, generator=torch.Generator().manual_seed(SEED)).to(device)
         steps = len(images) // BATCH_SIZE  # in an epoch; the few images left over have their turn in another epoch
         tags = "loss/discriminator", "loss/generator", "prob/real", "prob/fake"
-        writer = SummaryWriter(runs_path, purge_step=done * steps + 1 if done else 0)  # hide what a kill left over
+        writer = SummaryWriter(runs_path, purge_step=done * steps + 1 if done else 0)  # hide what was left over
         writer.add_text("settings", "  \n".join(f"{key} = {value!r}" for key, value in settings.items()), done * steps)
         if done == 0:
             for tag, name, pixels in ("real", "real", real_pixels), ("fake", "epoch_0000", draw(generator, noise[:64])):
@@ -187,20 +187,20 @@ if __name__ == "__main__":
                 writer.add_images(f"images/{tag}", pixels[:64], 0)
         for epoch in range(done + 1, EPOCHS + 1):
             order = torch.randperm(len(images), device=device)[:steps * BATCH_SIZE].view(steps, BATCH_SIZE)
-            history = torch.empty(steps, len(tags), device=device)  # kept on the device, as reading waits for it
+            history = torch.empty(steps, len(tags), device=device)  # on the device: reading it would wait for each step
             start = shown = time.perf_counter()
             for step, batch in enumerate(order, 1):
                 real = normalize(images[batch])
                 fake = generator(torch.randn(BATCH_SIZE, NOISE_DIM, device=device))
 
-                # Discriminator: raise log D(x) + log(1 - D(G(z))). detach() keeps this loss from training G.
+                # Discriminator: raise log D(x) + log(1 - D(G(z))), halved. detach() ends its gradient at G.
                 on_real, on_fake = discriminator(torch.cat([real, fake.detach()])).chunk(2)
                 disc_loss = get_disc_loss(on_real, on_fake)
                 discriminator_optimizer.zero_grad()
                 disc_loss.backward()
                 discriminator_optimizer.step()
 
-                # Generator: raise log D(G(z)), which is steeper than to lower log(1 - D(G(z))) while D(G(z)) is near 0.
+                # Generator: raise log D(G(z)), not lower log(1 - D(G(z))): steeper (non-saturating) for D(G(z)) near 0.
                 discriminator.requires_grad_(False)  # frozen: D passes the gradient on to G, computes none of its own
                 gen_loss = get_gen_loss(discriminator(fake))
                 generator_optimizer.zero_grad()
@@ -238,7 +238,7 @@ if __name__ == "__main__":
     if config.TEST:
         noise = torch.randn(64, NOISE_DIM, generator=torch.Generator().manual_seed(SEED + 1)).to(device)
         samples = draw(generator, noise)
-        # Is noise space smooth? Each row walks from one noise vector to another; cos and sin keep the variance at 1.
+        # Is latent (noise) space smooth? Each row walks from one noise vector to another; cos, sin keep the variance.
         angle = torch.linspace(0, torch.pi / 2, 10, device=device).view(1, 10, 1)
         walks = noise[:8, None] * angle.cos() + noise[8:16, None] * angle.sin()  # (8, 10, NOISE_DIM)
         # Does it copy? To the right of each sample stands the training image nearest to it in pixel space.

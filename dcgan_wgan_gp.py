@@ -1,13 +1,13 @@
 """DCGAN with Wasserstein loss and gradient penalty: colour pictures, and a curve that falls as they get better.
 
-Where a discriminator D is sure, log(1 - D(G(z))) is flat, and the gradient that generator G learns from noise z
-vanishes. A critic C answers with any number instead. It is trained to raise
+Where a discriminator D is sure, log(1 - D(G(z))) is flat; to raise log D(G(z)) instead, as the scripts before do, gives
+generator G unstable gradients (Arjovsky and Bottou 2017). A critic C answers with any number. It is trained to raise
 
     mean of C(x) over real x  -  mean of C(G(z)) over noise z
 
-with its slope, the norm of its gradient by x, held at 1. The most it can reach is the Wasserstein or earth mover's
-distance, not a KL divergence: how far generated images must at least be moved to become real. It has a slope for G even
-where the two do not overlap. Clipping C's weights to [-0.01, 0.01] (WGAN) makes C too simple; WGAN-GP penalizes slopes.
+with its slope, the norm of its gradient in x, at most 1. The most it can reach is the Wasserstein or earth mover's
+distance: how far, on average, generated images must at least be moved to become real. It has a slope for G even where
+the two do not overlap. WGAN clips C's weights to [-0.01, 0.01]: too simple a C. WGAN-GP penalizes slopes other than 1.
 
 Papers:  DCGAN arxiv.org/abs/1511.06434, WGAN arxiv.org/abs/1701.07875, WGAN-GP arxiv.org/abs/1704.00028 (algorithm 1)
 Run:     python dcgan_wgan_gp.py, and to watch it, tensorboard --logdir runs
@@ -29,17 +29,17 @@ import config
 # ---- Settings: edit a line to experiment, or copy the script and edit the copy ---------------------------------------
 NAME = Path(__file__).stem  # names the checkpoint, the samples and the TensorBoard run, so a copy keeps its own
 DATASET = "cifar10"  # or "mnist", which comes with the project
-EPOCHS = 5  # of as many generator steps as the data set has batches; may be raised later to train on
+EPOCHS = 5  # of data set size / BATCH_SIZE generator steps; may be raised later to go on
 BATCH_SIZE = 64  # real images a critic step, and as many generated ones
 CRITIC_STEPS = 5  # before each generator step: G learns from a critic that has nearly caught up with it
-PENALTY_WEIGHT = 10  # lambda in the paper
-LEARNING_RATE = 5e-5  # Adam's step size, the same for both networks; the paper has 1e-4
-BETAS = (0.0, 0.9)  # Adam's memory of gradients and their squares, as in the paper; 0.0: old gradients mislead
+PENALTY_WEIGHT = 10  # lambda in WGAN-GP
+LEARNING_RATE = 5e-5  # Adam's step size, the same for both networks; WGAN-GP has 1e-4
+BETAS = (0.0, 0.9)  # Adam's memory of gradients and their squares, as in WGAN-GP; 0.0: old gradients mislead
 NOISE_DIM = 100  # channels of the noise z
-FEATURES = 64  # width of the networks, 64 as in DCGAN's code; with 16 a CPU trains nine times as fast
-CHANNELS = 1 if DATASET == "mnist" else 3  # grey or red, green and blue
-SEED = config.SEED  # of weights, data order and noise; what is drawn for a look has random numbers of its own
-LOG_EVERY = 100  # steps averaged into one point of a curve of losses or probabilities
+FEATURES = 64  # channels at 32x32, 64 as in DCGAN's code; deeper layers have 2, 4 and 8 times as many; on a CPU try 16
+CHANNELS = 1 if DATASET == "mnist" else 3  # 1: grey; 3: red, green and blue
+SEED = config.SEED  # of weights, data order and noise; pictures have random numbers of their own
+LOG_EVERY = 100  # steps averaged into one point of the curves drawn within an epoch
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def load_images(train):
 
 
 def normalize(images):
-    """Turn uint8 images (N, CHANNELS, size, size) into what C is shown and G imitates: float (N, CHANNELS, 64, 64)."""
+    """Turn uint8 images (N, CHANNELS, size, size) into what C is shown: float (N, CHANNELS, 64, 64) in [-1, 1]."""
     return nn.functional.interpolate(images.float(), size=64, mode="bilinear") / 127.5 - 1
 
 
@@ -63,9 +63,9 @@ def to_pixels(images):
     return images / 2 + 0.5
 
 
-# ---- Networks: 4, 2, 1 is a kernel of 4x4, stride 2 and padding 1; shapes are for FEATURES = 64 ----------------------
+# ---- Networks: 4, 2, 1 (kernel 4x4, stride 2, padding 1) doubles or halves; shapes are for FEATURES = 64 -------------
 class Generator(nn.Sequential):
-    """Turn noise (N, NOISE_DIM, 1, 1) from the standard normal distribution into images (N, CHANNELS, 64, 64)."""
+    """Turn standard normal noise (N, NOISE_DIM, 1, 1) into images (N, CHANNELS, 64, 64) in [-1, 1]."""
     def __init__(self, f=FEATURES):
         super().__init__(
             nn.ConvTranspose2d(NOISE_DIM, f * 8, 4, bias=False), nn.BatchNorm2d(f * 8), nn.ReLU(),  # (N, 512, 4, 4)
@@ -82,7 +82,7 @@ class Critic(nn.Sequential):
         super().__init__(
             nn.Conv2d(CHANNELS, f, 4, 2, 1), nn.LeakyReLU(0.2),  # (N, 64, 32, 32)
             nn.Conv2d(f, f * 2, 4, 2, 1, bias=False),  # (N, 128, 16, 16)
-            nn.InstanceNorm2d(f * 2, affine=True), nn.LeakyReLU(0.2),
+            nn.InstanceNorm2d(f * 2, affine=True), nn.LeakyReLU(0.2),  # InstanceNorm: each image by itself
             nn.Conv2d(f * 2, f * 4, 4, 2, 1, bias=False),  # (N, 256, 8, 8)
             nn.InstanceNorm2d(f * 4, affine=True), nn.LeakyReLU(0.2),
             nn.Conv2d(f * 4, f * 8, 4, 2, 1, bias=False),  # (N, 512, 4, 4)
@@ -92,11 +92,11 @@ class Critic(nn.Sequential):
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 def gradient_penalty(critic, real, fake):
-    """Return PENALTY_WEIGHT times the mean of (|gradient of C| - 1)^2, and the mean |gradient|, at images (N, CHANNELS,
-    64, 64) between real and fake ones: from a fake image to its real counterpart the best critic's slope is 1."""
-    share = torch.rand(len(real), 1, 1, 1, device=real.device)  # one number an image
+    """Return PENALTY_WEIGHT times the mean of (|gradient of C| - 1)^2, and the mean |gradient|, at random places
+    between real and fake images (N, CHANNELS, 64, 64): on the best way from fake to real the best C has slope 1."""
+    share = torch.rand(len(real), 1, 1, 1, device=real.device)  # epsilon in WGAN-GP, one an image
     mixed = (share * real + (1 - share) * fake).requires_grad_()
-    gradient, = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)  # to be differentiated once more
+    gradient, = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)  # each image's own; differentiable
     norm = (gradient.flatten(1).pow(2).sum(dim=1) + 1e-12).sqrt()  # (N,); the root of 0 has no finite slope
     return PENALTY_WEIGHT * (norm - 1).pow(2).mean(), norm.mean()
 
@@ -112,8 +112,8 @@ def draw(generator, noise):
 
 
 def sliced_wasserstein(a, b):
-    """Return the sliced Wasserstein distance (after Rabin et al. 2011) of two equally large sets (N, C, H, W):
-    project both on a direction, sort, take the mean gap; average over 256 random directions, always the same."""
+    """Return how far apart two equally large sets (N, C, H, W) are (sliced Wasserstein, after Rabin et al. 2011):
+    project both on a direction, sort, average |a - b| by rank, then over 256 random directions, always the same."""
     directions = torch.randn(a[0].numel(), 256, generator=torch.Generator().manual_seed(0))
     directions = nn.functional.normalize(directions, dim=0).to(a.device)  # of length 1
     a, b = ((pixels.flatten(1) @ directions).sort(dim=0).values for pixels in (a, b))  # (N, 256)
@@ -123,7 +123,7 @@ def sliced_wasserstein(a, b):
 if __name__ == "__main__":
     # ---- Device and set-up -------------------------------------------------------------------------------------------
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    live = sys.stdout.isatty()  # a terminal shows a line that changes within the epoch; a file gets one line an epoch
+    live = sys.stdout.isatty()  # text * live is for a terminal alone, where a line changes within the epoch
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\n" * live + "Stopped. Run again with LOAD = True to go on."))
     settings = {key: value if isinstance(value, (int, float, str, tuple)) else repr(value)  # plain: loads safely
                 for key, value in globals().items() if key.isupper()}
@@ -140,9 +140,9 @@ if __name__ == "__main__":
             folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(SEED)
         generator, critic = Generator().to(device), Critic().to(device)
-        generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # one pass
+        generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # quicker
         critic_optimizer = torch.optim.Adam(critic.parameters(), LEARNING_RATE, BETAS, fused=True)
-        settings |= {"Generator": repr(generator), "Critic": repr(critic)}  # a changed layer is refused
+        settings |= {"Generator": repr(generator), "Critic": repr(critic)}  # Load refuses other layers
     except Exception as error:  # an impossible setting, a folder that cannot be made
         sys.exit(f"Cannot start: {error}. Mend it in this script or in config.py.")
     parts = {"generator": generator, "generator_optimizer": generator_optimizer,
@@ -163,7 +163,7 @@ if __name__ == "__main__":
                 part.load_state_dict(checkpoint[name])
             rng.set_rng_state(checkpoint["random_state"].get(device.type, rng.get_rng_state()))  # not another device's
             done = checkpoint["epoch"]
-        except Exception as error:  # damaged, foreign or malicious, or the networks have changed since
+        except Exception as error:  # damaged, foreign or malicious
             sys.exit(f"{checkpoint_path} does not fit ({error!r:.120}): move it away, or LOAD = False to start over.")
 
     # ---- Train -------------------------------------------------------------------------------------------------------
@@ -175,21 +175,21 @@ if __name__ == "__main__":
         real_pixels = to_pixels(normalize(images[:len(held_out)]))
         real_distance = sliced_wasserstein(real_pixels, held_out)  # about what a perfect generator would reach
         noise = torch.randn(max(64, len(held_out)), NOISE_DIM, generator=torch.Generator().manual_seed(SEED)).to(device)
-        steps = (len(images) + len(held_out)) // BATCH_SIZE  # generator steps in an epoch, 781 with CIFAR-10
+        steps = (len(images) + len(held_out)) // BATCH_SIZE  # generator steps in an epoch, 781 for CIFAR-10's 50,000
         tags = ("loss/critic", "loss/generator", "critic/wasserstein_distance", "critic/gradient_norm",
                 "critic/gradient_penalty")
-        writer = SummaryWriter(runs_path, purge_step=done * steps + 1 if done else 0)  # hide what a kill left over
+        writer = SummaryWriter(runs_path, purge_step=done * steps + 1 if done else 0)  # hide what was left over
         writer.add_text("settings", "  \n".join(f"{key} = {value!r}" for key, value in settings.items()), done * steps)
         if done == 0:
             for tag, name, pixels in ("real", "real", real_pixels), ("fake", "epoch_0000", draw(generator, noise[:64])):
                 utils.save_image(pixels[:64], samples_path / f"{name}.png")
                 writer.add_images(f"images/{tag}", pixels[:64], 0)
         for epoch in range(done + 1, EPOCHS + 1):
-            order = torch.randint(len(images), (steps, CRITIC_STEPS, BATCH_SIZE), device=device)
-            history = torch.empty(steps, len(tags), device=device)  # kept on the device, as reading waits for it
+            order = torch.randint(len(images), (steps, CRITIC_STEPS, BATCH_SIZE), device=device)  # with repeats
+            history = torch.empty(steps, len(tags), device=device)  # on the device: reading it would wait for each step
             start = shown = time.perf_counter()
             for step, batches in enumerate(order, 1):
-                # Critic: raise mean C(x) - mean C(G(z)), less the penalty. detach() keeps this loss from training G.
+                # Critic: raise mean C(x) - mean C(G(z)), less the penalty. detach() ends its gradient at G.
                 for batch in batches:
                     real = normalize(images[batch])
                     fake = generator(torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)).detach()
@@ -238,7 +238,7 @@ if __name__ == "__main__":
     if config.TEST:
         noise = torch.randn(64, NOISE_DIM, generator=torch.Generator().manual_seed(SEED + 1)).to(device)
         samples = draw(generator, noise)
-        # Is noise space smooth? Each row walks from one noise vector to another; cos and sin keep the variance at 1.
+        # Is latent (noise) space smooth? Each row walks from one noise vector to another; cos, sin keep the variance.
         angle = torch.linspace(0, torch.pi / 2, 10, device=device).view(1, 10, 1)
         walks = noise[:8, None] * angle.cos() + noise[8:16, None] * angle.sin()  # (8, 10, NOISE_DIM)
         # Does it copy? To the right of each sample stands the training image nearest to it in pixel space.

@@ -1,7 +1,7 @@
 """Vanilla GAN: two fully connected networks learn to draw handwritten digits by playing against each other.
 
 The generator G turns random noise z into an image. The discriminator D is shown an image x and answers with D(x),
-the probability that x is real. D learns to tell real from generated, G learns to be taken for real (equation 1):
+the probability that x is real. D learns to tell real from generated (fake), G to be taken for real (equation 1):
 
     min over G, max over D:  mean of log D(x) over real x  +  mean of log(1 - D(G(z))) over noise z
 
@@ -24,15 +24,15 @@ import config
 
 # ---- Settings: edit a line to experiment, or copy the script and edit the copy ---------------------------------------
 NAME = Path(__file__).stem  # names the checkpoint, the samples and the TensorBoard run, so a copy keeps its own
-EPOCHS = 50  # passes over the training images; may be raised later to train on
-BATCH_SIZE = 128  # real images a step, and as many generated ones; a step is one update of D and one of G
+EPOCHS = 50  # passes over the training images; may be raised later to go on
+BATCH_SIZE = 128  # real images a step, and as many generated ones; a step updates D, then G; BatchNorm needs 2
 LEARNING_RATE = 3e-4  # Adam's step size, the same for both networks
 BETAS = (0.0, 0.999)  # Adam's memory of gradients and their squares; 0.0: the opponent changes, old gradients mislead
 NOISE_DIM = 64  # length of a noise vector z
 NORMALIZE_MEAN = 0.5  # a pixel in [0, 1] becomes (pixel - mean) / std: with 0.5 and 0.5 in [-1, 1], the range of tanh
 NORMALIZE_STD = 0.5  # MNIST's own 0.1307 and 0.3081 give [-0.42, 2.82]: beyond tanh, which stops at 1, so D wins
-SEED = config.SEED  # of weights, data order and noise; what is drawn for a look has random numbers of its own
-LOG_EVERY = 100  # steps averaged into one point of a curve of losses or probabilities
+SEED = config.SEED  # of weights, data order and noise; pictures have random numbers of their own
+LOG_EVERY = 100  # steps averaged into one point of the curves drawn within an epoch
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class Discriminator(nn.Sequential):
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 def bce(probability, target):
     """Return nn.BCELoss of two (N, 1): the mean of -log(p) where the target is 1 and of -log(1 - p) where it is 0."""
-    return nn.BCELoss()(probability.nan_to_num(), target)  # BCELoss refuses NaN, which the training loop reports
+    return nn.BCELoss()(probability.nan_to_num(), target)  # BCELoss refuses NaN; the training loop reports it
 
 
 # ---- Looking at results ----------------------------------------------------------------------------------------------
@@ -92,8 +92,8 @@ def draw(generator, noise):
 
 
 def sliced_wasserstein(a, b):
-    """Return the sliced Wasserstein distance (after Rabin et al. 2011) of two equally large sets (N, C, H, W):
-    project both on a direction, sort, take the mean gap; average over 256 random directions, always the same."""
+    """Return how far apart two equally large sets (N, C, H, W) are (sliced Wasserstein, after Rabin et al. 2011):
+    project both on a direction, sort, average |a - b| by rank, then over 256 random directions, always the same."""
     directions = torch.randn(a[0].numel(), 256, generator=torch.Generator().manual_seed(0))
     directions = nn.functional.normalize(directions, dim=0).to(a.device)  # of length 1
     a, b = ((pixels.flatten(1) @ directions).sort(dim=0).values for pixels in (a, b))  # (N, 256)
@@ -103,7 +103,7 @@ def sliced_wasserstein(a, b):
 if __name__ == "__main__":
     # ---- Device and set-up -------------------------------------------------------------------------------------------
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    live = sys.stdout.isatty()  # a terminal shows a line that changes within the epoch; a file gets one line an epoch
+    live = sys.stdout.isatty()  # text * live is for a terminal alone, where a line changes within the epoch
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\n" * live + "Stopped. Run again with LOAD = True to go on."))
     settings = {key: value if isinstance(value, (int, float, str, tuple)) else repr(value)  # plain: loads safely
                 for key, value in globals().items() if key.isupper()}
@@ -121,9 +121,9 @@ if __name__ == "__main__":
             folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(SEED)
         generator, discriminator = Generator().to(device), Discriminator().to(device)
-        generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # one pass
+        generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # quicker
         discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-        settings |= {"Generator": repr(generator), "Discriminator": repr(discriminator)}  # a changed layer is refused
+        settings |= {"Generator": repr(generator), "Discriminator": repr(discriminator)}  # Load refuses other layers
     except Exception as error:  # an impossible setting, a folder that cannot be made
         sys.exit(f"Cannot start: {error}. Mend it in this script or in config.py.")
     parts = {"generator": generator, "generator_optimizer": generator_optimizer,
@@ -144,7 +144,7 @@ if __name__ == "__main__":
                 part.load_state_dict(checkpoint[name])
             rng.set_rng_state(checkpoint["random_state"].get(device.type, rng.get_rng_state()))  # not another device's
             done = checkpoint["epoch"]
-        except Exception as error:  # damaged, foreign or malicious, or the networks have changed since
+        except Exception as error:  # damaged, foreign or malicious
             sys.exit(f"{checkpoint_path} does not fit ({error!r:.120}): move it away, or LOAD = False to start over.")
 
     # ---- Train -------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ if __name__ == "__main__":
         steps = len(images) // BATCH_SIZE  # in an epoch; the few images left over have their turn in another epoch
         is_real, is_fake = torch.ones(BATCH_SIZE, 1, device=device), torch.zeros(BATCH_SIZE, 1, device=device)
         tags = "loss/discriminator", "loss/generator", "prob/real", "prob/fake"
-        writer = SummaryWriter(runs_path, purge_step=done * steps + 1 if done else 0)  # hide what a kill left over
+        writer = SummaryWriter(runs_path, purge_step=done * steps + 1 if done else 0)  # hide what was left over
         writer.add_text("settings", "  \n".join(f"{key} = {value!r}" for key, value in settings.items()), done * steps)
         if done == 0:
             for tag, name, pixels in ("real", "real", real_pixels), ("fake", "epoch_0000", draw(generator, noise[:64])):
@@ -167,20 +167,20 @@ if __name__ == "__main__":
                 writer.add_images(f"images/{tag}", pixels[:64], 0)
         for epoch in range(done + 1, EPOCHS + 1):
             order = torch.randperm(len(images), device=device)[:steps * BATCH_SIZE].view(steps, BATCH_SIZE)
-            history = torch.empty(steps, len(tags), device=device)  # kept on the device, as reading waits for it
+            history = torch.empty(steps, len(tags), device=device)  # on the device: reading it would wait for each step
             start = shown = time.perf_counter()
             for step, batch in enumerate(order, 1):
                 real = normalize(images[batch])
                 fake = generator(torch.randn(BATCH_SIZE, NOISE_DIM, device=device))
 
-                # Discriminator: raise log D(x) + log(1 - D(G(z))). detach() keeps this loss from training G.
+                # Discriminator: raise log D(x) + log(1 - D(G(z))), halved. detach() ends its gradient at G.
                 on_real, on_fake = discriminator(torch.cat([real, fake.detach()])).chunk(2)
                 disc_loss = (bce(on_real, is_real) + bce(on_fake, is_fake)) / 2
                 discriminator_optimizer.zero_grad()
                 disc_loss.backward()
                 discriminator_optimizer.step()
 
-                # Generator: raise log D(G(z)), which is steeper than to lower log(1 - D(G(z))) while D(G(z)) is near 0.
+                # Generator: raise log D(G(z)), not lower log(1 - D(G(z))): steeper (non-saturating) for D(G(z)) near 0.
                 discriminator.requires_grad_(False)  # frozen: D passes the gradient on to G, computes none of its own
                 gen_loss = bce(discriminator(fake), is_real)
                 generator_optimizer.zero_grad()
@@ -217,7 +217,7 @@ if __name__ == "__main__":
     if config.TEST:
         noise = torch.randn(64, NOISE_DIM, generator=torch.Generator().manual_seed(SEED + 1)).to(device)
         samples = draw(generator, noise)
-        # Is noise space smooth? Each row walks from one noise vector to another; cos and sin keep the variance at 1.
+        # Is latent (noise) space smooth? Each row walks from one noise vector to another; cos, sin keep the variance.
         angle = torch.linspace(0, torch.pi / 2, 10, device=device).view(1, 10, 1)
         walks = noise[:8, None] * angle.cos() + noise[8:16, None] * angle.sin()  # (8, 10, NOISE_DIM)
         # Does it copy? To the right of each sample stands the training image nearest to it in pixel space.
