@@ -8,7 +8,7 @@ largest. Here D ends in s, and BCEWithLogitsLoss takes the larger exponent out o
 
 Paper:   Generative Adversarial Networks, Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661
 Run:     python bce_logits_gan.py, and to watch it, tensorboard --logdir runs
-Expect:  digits after 5 epochs, most of them legible after 25; 50 epochs take 5 minutes on two CPU cores.
+Expect:  digits after 5 epochs, most of them legible after 25; 50 epochs take 3 minutes on two CPU cores.
 """
 import signal
 import sys

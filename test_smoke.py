@@ -682,3 +682,15 @@ def test_networks_keep_to_their_shapes_and_ranges(name):
     assert answers.shape == ((8, 1, 1, 1) if wgan else (8, 1))
     probabilities = answers.min() >= 0 and answers.max() <= 1
     assert probabilities == (name == "vanilla_gan")  # the others end without sigmoid
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+def test_the_readme_links_what_is_there():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    links = {link for link in re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', text) for link in link if link}
+    headings = {re.sub(r"[^\w -]", "", line.strip("# ").lower()).replace(" ", "-")
+                for line in text.splitlines() if line.startswith("#")}
+    pictures = {path.relative_to(HERE).as_posix() for path in (HERE / ".github" / "images").iterdir()}
+    assert pictures == {link for link in links if link.startswith(".github/images/")}  # none missing, none left over
+    for link in links - pictures:
+        assert link.startswith("https://") or link[1:] in headings or (HERE / link).exists(), link

@@ -7,7 +7,7 @@ the probability that x is real. D learns to tell real from generated (fake), G t
 
 Paper:   Generative Adversarial Networks, Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661
 Run:     python vanilla_gan.py, and to watch it, tensorboard --logdir runs
-Expect:  digits after 5 epochs, most of them legible after 10; 50 epochs take 4 minutes on two CPU cores.
+Expect:  digits after 5 epochs, most of them legible after 10; 50 epochs take 3 minutes on two CPU cores.
 """
 import signal
 import sys

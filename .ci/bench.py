@@ -1,6 +1,7 @@
 """Measure the scripts' training speed: python .ci/bench.py [SCRIPT ...]
 
-For each script, several rounds of three measurements in turn, so that a machine that slows down slows all three:
+For each script, several rounds of three measurements in turn, so that a machine that slows down slows all three, each
+in a process of its own, as memory that one has claimed makes the next one faster:
 - script:   the script itself, run as a user runs it on a cut of MNIST; the images/s it prints for its second epoch
 - bare:     the same networks, forward and backward passes and optimizer steps, again and again on one fixed batch
 - tutorial: the usual way: DataLoader with ToTensor and Normalize, default Adam, a generator pass for each loss,
@@ -10,6 +11,7 @@ Prints the median images/s of each, and the median over the rounds of the ratios
 import contextlib
 import gzip
 import importlib.util
+import multiprocessing
 import re
 import shutil
 import statistics
@@ -20,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,21 +48,32 @@ def cut_mnist(folder, count):
 
 
 def place(name, folder):
-    """Put a copy of the script with two epochs of the wanted length into the folder; return it as a module."""
+    """Put a copy of the script with two epochs of the wanted length into the folder."""
     steps, settings = SCRIPTS[name]
     text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
     for key, value in {"EPOCHS": 2, **settings}.items():
         text = re.sub(rf"^{key} = [^ ]+", f"{key} = {value!r}", text, flags=re.MULTILINE)
     (folder / f"{name}.py").write_text(text, encoding="utf-8")
     shutil.copy(ROOT / "config.py", folder)
+    cut_mnist(folder / "data" / "MNIST" / "raw", steps * load(name, folder).BATCH_SIZE)
+
+
+def load(name, folder):
+    """Return the script in the folder as a module."""
+    sys.path.insert(0, str(folder))  # for config.py
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    cut_mnist(folder / "data" / "MNIST" / "raw", steps * module.BATCH_SIZE)
     return module
 
 
-def speed_of_script(folder, name):
+def alone(measure, *arguments):
+    """Return what a function returns in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, arguments)
+
+
+def speed_of_script(name, folder):
     """Return the images/s that the script in the folder prints for its second epoch."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     script = [sys.executable, folder / f"{name}.py"]
@@ -95,8 +108,8 @@ class Game:
         return -on_fake.mean() if self.wasserstein else self.module.bce(on_fake, self.is_real)
 
     def speed(self, step, steps):
-        """Return the images/s of `steps` calls, after three that are not counted."""
-        for _ in range(3):
+        """Return the images/s of `steps` calls, after as many that are not counted."""
+        for _ in range(steps):
             step()
         synchronize = torch.accelerator.synchronize if self.device.type != "cpu" else contextlib.nullcontext
         synchronize()
@@ -113,8 +126,9 @@ def train(optimizer, loss):
     optimizer.step()
 
 
-def speed_of_bare_steps(module, steps, device):
+def speed_of_bare_steps(name, folder):
     """Return the images/s of the script's arithmetic alone."""
+    module, steps, device = load(name, folder), SCRIPTS[name][0], pick_device()
     game = Game(module, device, fused=True)
     shape = (1, 28, 28) if game.wasserstein else (28, 28)
     real = module.normalize(torch.randint(256, (module.BATCH_SIZE, *shape), dtype=torch.uint8, device=device))
@@ -132,8 +146,9 @@ def speed_of_bare_steps(module, steps, device):
     return game.speed(step, steps)
 
 
-def speed_of_tutorial(module, steps, device, folder):
+def speed_of_tutorial(name, folder):
     """Return the images/s of the usual way with the same networks and batch size."""
+    module, steps, device = load(name, folder), SCRIPTS[name][0], pick_device()
     game = Game(module, device, fused=False)
     mean, std = getattr(module, "NORMALIZE_MEAN", 0.5), getattr(module, "NORMALIZE_STD", 0.5)
     if isinstance(list(module.Generator())[-1], torch.nn.Sigmoid):
@@ -161,20 +176,23 @@ def speed_of_tutorial(module, steps, device, folder):
     return game.speed(step, steps)
 
 
+def pick_device():
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 if __name__ == "__main__":
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = pick_device()
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print(f"torch {torch.__version__} on {device}{threads}; medians of {ROUNDS} rounds")
     print(f"{'script':16}{'script':>12}{'bare':>12}{'tutorial':>12}{'script/bare':>14}{'script/tutorial':>18}")
-    sys.path.insert(0, str(ROOT))  # for config.py
     for name in sys.argv[1:] or SCRIPTS:
         name, rounds = name.removesuffix(".py"), []
         with tempfile.TemporaryDirectory() as folder:
-            folder, steps = Path(folder), SCRIPTS[name][0]
-            module = place(name, folder)
+            folder = Path(folder)
+            place(name, folder)
             for _ in range(ROUNDS):
-                rounds.append((speed_of_script(folder, name), speed_of_bare_steps(module, steps, device),
-                               speed_of_tutorial(module, steps, device, folder)))
+                rounds.append((speed_of_script(name, folder), alone(speed_of_bare_steps, name, folder),
+                               alone(speed_of_tutorial, name, folder)))
         script, bare, tutorial = (statistics.median(speeds) for speeds in zip(*rounds))
         to_bare = statistics.median(script / bare for script, bare, _ in rounds)
         to_tutorial = statistics.median(script / tutorial for script, _, tutorial in rounds)
