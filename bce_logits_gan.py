@@ -66,7 +66,7 @@ def get_disc_block(in_dim, out_dim):
 
 
 class Generator(nn.Sequential):
-    """Turn noise (N, noise_dim) from the standard normal distribution into images (N, image_dim) in [0, 1]."""
+    """Turn standard normal noise (N, noise_dim) into images (N, image_dim) in [0, 1]."""
     def __init__(self, noise_dim=NOISE_DIM, image_dim=28 * 28, hidden_dim=HIDDEN_DIM):
         super().__init__(
             get_gen_block(noise_dim, hidden_dim),  # (N, 64)
@@ -193,7 +193,7 @@ if __name__ == "__main__":
                 real = normalize(images[batch])
                 fake = generator(torch.randn(BATCH_SIZE, NOISE_DIM, device=device))
 
-                # Discriminator: raise log D(x) + log(1 - D(G(z))), halved. detach() ends its gradient at G.
+                # Discriminator: raise log D(x) + log(1 - D(G(z))), halved. detach() keeps its gradient out of G.
                 on_real, on_fake = discriminator(torch.cat([real, fake.detach()])).chunk(2)
                 disc_loss = get_disc_loss(on_real, on_fake)
                 discriminator_optimizer.zero_grad()

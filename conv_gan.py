@@ -6,7 +6,7 @@ so halve the image, 28, 14, 7. G's transposed convolutions paint a patch of 5x5 
 image, 7, 14, 28. Dropout blanks each number inside D with probability 0.3, anew in every pass, so that D cannot rely on
 a few of them. D ends in a logit s, with D(x) = sigmoid(s); bce_logits_gan.py says why.
 
-Paper:   DCGAN, Radford et al. 2016, https://arxiv.org/abs/1511.06434 (here G has LeakyReLU, D Dropout, no BatchNorm)
+Paper:   DCGAN, Radford et al. 2016, https://arxiv.org/abs/1511.06434 (here G has LeakyReLU, D Dropout, not BatchNorm)
 Run:     python conv_gan.py, and to watch it, tensorboard --logdir runs
 Expect:  digits after 5 epochs, most of them legible after 8; an epoch takes 2 minutes on two CPU cores.
 """
@@ -55,7 +55,7 @@ def to_pixels(images):
 
 # ---- Networks: a stride of 2 makes 7 of 13 and of 14; on the way back output_padding=1 makes 14 of 7, not 13 ---------
 class Generator(nn.Sequential):
-    """Turn noise (N, NOISE_DIM) from the standard normal distribution into images (N, 1, 28, 28) in [-1, 1]."""
+    """Turn standard normal noise (N, NOISE_DIM) into images (N, 1, 28, 28) in [-1, 1]."""
     def __init__(self):
         super().__init__(
             nn.Linear(NOISE_DIM, 7 * 7 * 256, bias=False),  # (N, 12544); no bias: BatchNorm would subtract it
@@ -173,7 +173,7 @@ if __name__ == "__main__":
                 real = normalize(images[batch])
                 fake = generator(torch.randn(BATCH_SIZE, NOISE_DIM, device=device))
 
-                # Discriminator: raise log D(x) + log(1 - D(G(z))), halved. detach() ends its gradient at G.
+                # Discriminator: raise log D(x) + log(1 - D(G(z))), halved. detach() keeps its gradient out of G.
                 on_real, on_fake = discriminator(torch.cat([real, fake.detach()])).chunk(2)
                 disc_loss = (bce(on_real, is_real) + bce(on_fake, is_fake)) / 2
                 discriminator_optimizer.zero_grad()

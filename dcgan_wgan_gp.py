@@ -189,7 +189,7 @@ if __name__ == "__main__":
             history = torch.empty(steps, len(tags), device=device)  # on the device: reading it would wait for each step
             start = shown = time.perf_counter()
             for step, batches in enumerate(order, 1):
-                # Critic: raise mean C(x) - mean C(G(z)), less the penalty. detach() ends its gradient at G.
+                # Critic: raise mean C(x) - mean C(G(z)), less the penalty. detach() keeps its gradient out of G.
                 for batch in batches:
                     real = normalize(images[batch])
                     fake = generator(torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)).detach()

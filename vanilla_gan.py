@@ -56,7 +56,7 @@ def to_pixels(images):
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
 class Generator(nn.Sequential):
-    """Turn noise (N, NOISE_DIM) from the standard normal distribution into images (N, 784) in [-1, 1]."""
+    """Turn standard normal noise (N, NOISE_DIM) into images (N, 784) in [-1, 1]."""
     def __init__(self):
         super().__init__(
             nn.Linear(NOISE_DIM, 128), nn.BatchNorm1d(128), nn.ReLU(),  # (N, 128)
@@ -173,7 +173,7 @@ if __name__ == "__main__":
                 real = normalize(images[batch])
                 fake = generator(torch.randn(BATCH_SIZE, NOISE_DIM, device=device))
 
-                # Discriminator: raise log D(x) + log(1 - D(G(z))), halved. detach() ends its gradient at G.
+                # Discriminator: raise log D(x) + log(1 - D(G(z))), halved. detach() keeps its gradient out of G.
                 on_real, on_fake = discriminator(torch.cat([real, fake.detach()])).chunk(2)
                 disc_loss = (bce(on_real, is_real) + bce(on_fake, is_fake)) / 2
                 discriminator_optimizer.zero_grad()
