@@ -1,229 +1,335 @@
-"""Vanilla GAN: two fully connected networks learn to draw handwritten digits by playing against each other.
+"""Vanilla GAN: two networks learn to draw digits by playing against each other.
 
-The generator G turns random noise z into an image. The discriminator D is shown an image x and answers with D(x),
-the probability that x is real. D learns to tell real from generated (fake), G to be taken for real (equation 1):
+The generator G turns random noise z into an image, a fake. The discriminator D sees an
+image x and answers D(x), the probability that x is real. D learns to tell real images
+from fakes, and G learns to fool D:
 
-    min over G, max over D:  mean of log D(x) over real x  +  mean of log(1 - D(G(z))) over noise z
+    min over G, max over D:   mean of log D(x)  +  mean of log(1 - D(G(z)))
 
-Paper:   Generative Adversarial Networks, Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661
-Run:     python vanilla_gan.py, and to watch it, tensorboard --logdir runs
-Expect:  digits after 5 epochs, most of them legible after 10; 50 epochs take 3 minutes on two CPU cores.
+If G were perfect, D could only guess: D(x) = 1/2, and both losses are log 2 = 0.69.
+
+Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
+Run:    python vanilla_gan.py, and to watch it: tensorboard --logdir runs
+Expect: digits after 5 epochs, most of them legible after 10; all 50 in 3 minutes
 """
+
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
+from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
-from torchvision import datasets, utils
+from torchvision import datasets
+from torchvision.utils import save_image
 
 import config
 
-# ---- Settings: edit a line to experiment, or copy the script and edit the copy ---------------------------------------
-NAME = Path(__file__).stem  # names the checkpoint, the samples and the TensorBoard run, so a copy keeps its own
-EPOCHS = 50  # passes over the training images; may be raised later to go on
-BATCH_SIZE = 128  # real images a step, and as many generated ones; a step updates D, then G; BatchNorm needs 2
-LEARNING_RATE = 3e-4  # Adam's step size, the same for both networks
-BETAS = (0.0, 0.999)  # Adam's memory of gradients and their squares; 0.0: the opponent changes, old gradients mislead
-NOISE_DIM = 64  # length of a noise vector z
-NORMALIZE_MEAN = 0.5  # a pixel in [0, 1] becomes (pixel - mean) / std: with 0.5 and 0.5 in [-1, 1], the range of tanh
-NORMALIZE_STD = 0.5  # MNIST's own 0.1307 and 0.3081 give [-0.42, 2.82]: beyond tanh, which stops at 1, so D wins
-SEED = config.SEED  # of weights, data order and noise; pictures have random numbers of their own
-LOG_EVERY = 100  # steps averaged into one point of the curves drawn within an epoch
+# ---- Settings: try others in a copy, which keeps its results apart ----
+NAME = Path(__file__).stem  # names all files of a run
+EPOCHS = 50  # passes over the images; raise it to train on
+BATCH_SIZE = 128  # real images in a step, and as many fakes
+LEARNING_RATE = 3e-4  # Adam's step size, for both networks
+BETAS = (0.0, 0.999)  # Adam's memory of gradients (none: D changes) and of squares
+NOISE_DIM = 64  # random numbers that G gets for one image
+# D sees (pixel - mean) / std. With 0.5 and 0.5 that is -1 to 1, the range of tanh in G.
+# MNIST's own 0.1307 and 0.3081 make white 2.82: G cannot reach it.
+NORMALIZE_MEAN = 0.5
+NORMALIZE_STD = 0.5
+SEED = config.SEED  # the same seed gives the same run
+TEST_SEED = 1  # another one draws other samples
+LOG_EVERY = 100  # steps averaged into one point of a curve
 
 
-# ---- Data ------------------------------------------------------------------------------------------------------------
+# ---- Data ----
 def load_images(train):
-    """Return MNIST's 60,000 training or 10,000 test images, unpacked or downloaded if need be: uint8 (N, 28, 28)."""
+    """Return MNIST's 60,000 training or 10,000 test images: uint8 (N, 28, 28)."""
     try:
-        return datasets.MNIST(config.DATA_PATH, train=train, download=True).data
-    except Exception as error:  # no network, no space, or a file that is not what its name says
-        sys.exit(f"No MNIST ({type(error).__name__}): put its four .gz archives alone in {config.DATA_PATH}/MNIST/raw.")
+        mnist = datasets.MNIST(config.DATA_PATH, train=train, download=True)
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        sys.exit(f"No MNIST: put its four .gz files into data/MNIST/raw. {error!r}")
+    return mnist.data
 
 
 def normalize(images):
-    """Turn uint8 images (N, 28, 28) into what D is shown and G learns to imitate: float (N, 784)."""
+    """Turn uint8 images (N, 28, 28) into what D sees and G imitates: float (N, 784)."""
     return (images.flatten(1) / 255 - NORMALIZE_MEAN) / NORMALIZE_STD
 
 
 def to_pixels(images):
-    """Undo normalize: images (N, 784) become pictures (N, 1, 28, 28), clamped to [0, 1]."""
+    """Undo normalize: float (N, 784) becomes pictures (N, 1, 28, 28) from 0 to 1."""
     return (images * NORMALIZE_STD + NORMALIZE_MEAN).clamp(0, 1).view(-1, 1, 28, 28)
 
 
-# ---- Networks --------------------------------------------------------------------------------------------------------
+# ---- Networks ----
 class Generator(nn.Sequential):
-    """Turn standard normal noise (N, NOISE_DIM) into images (N, 784) in [-1, 1]."""
+    """Turn standard normal noise (N, NOISE_DIM) into images (N, 784) from -1 to 1."""
+
     def __init__(self):
         super().__init__(
-            nn.Linear(NOISE_DIM, 128), nn.BatchNorm1d(128), nn.ReLU(),  # (N, 128)
-            nn.Linear(128, 512), nn.BatchNorm1d(512), nn.ReLU(),  # (N, 512)
-            nn.Linear(512, 28 * 28), nn.Tanh(),  # (N, 784)
+            nn.Linear(NOISE_DIM, 128),  # (N, 128)
+            nn.BatchNorm1d(128),  # centres and scales each feature over the batch
+            nn.ReLU(),
+            nn.Linear(128, 512),  # (N, 512)
+            nn.BatchNorm1d(512),
+            nn.ReLU(),
+            nn.Linear(512, 28 * 28),  # (N, 784)
+            nn.Tanh(),
         )
 
 
 class Discriminator(nn.Sequential):
-    """Turn images (N, 784) into D(x) (N, 1): the probability, from 0 to 1, that each is real."""
+    """Turn images (N, 784) into D(x) (N, 1): the probability, 0 to 1, of being real."""
+
     def __init__(self):
         super().__init__(
-            nn.Linear(28 * 28, 256), nn.LeakyReLU(0.2),  # (N, 256)
-            nn.Linear(256, 128), nn.LeakyReLU(0.2),  # (N, 128)
-            nn.Linear(128, 1), nn.Sigmoid(),  # (N, 1)
+            nn.Linear(28 * 28, 256),  # (N, 256)
+            nn.LeakyReLU(0.2),  # has a slope below 0 too: G learns through it
+            nn.Linear(256, 128),  # (N, 128)
+            nn.LeakyReLU(0.2),
+            nn.Linear(128, 1),  # (N, 1)
+            nn.Sigmoid(),
         )
 
 
-# ---- Loss ------------------------------------------------------------------------------------------------------------
+# ---- Losses ----
 def bce(probability, target):
-    """Return nn.BCELoss of two (N, 1): the mean of -log(p) where the target is 1 and of -log(1 - p) where it is 0."""
-    return nn.BCELoss()(probability.nan_to_num(), target)  # BCELoss refuses NaN; the training loop reports it
+    """Return the mean of -log p where the target is 1, of -log(1 - p) where it is 0."""
+    return nn.BCELoss()(probability.nan_to_num(), target)  # BCELoss crashes at NaN
 
 
-# ---- Looking at results ----------------------------------------------------------------------------------------------
+def get_disc_loss(real_output, fake_output):
+    """Return D's loss from its answers (N, 1): 1 is right if real, 0 if fake."""
+    real_loss = bce(real_output, torch.ones_like(real_output))
+    fake_loss = bce(fake_output, torch.zeros_like(fake_output))
+    return (real_loss + fake_loss) / 2
+
+
+def get_gen_loss(fake_output):
+    """Return G's loss from D's answers to fakes (N, 1), which G wants to be 1.
+
+    With equation 1's log(1 - D(G(z))), G hardly learns while D is sure of its fakes.
+    """
+    return bce(fake_output, torch.ones_like(fake_output))
+
+
+# ---- Quality ----
+def share_near(images, others, k=5):
+    """Return the share of images (N, ...) near one of others (M, ...): within the
+    distance of that one's k-th neighbour. Fakes near real images: precision. Real ones
+    near fakes: recall. After https://arxiv.org/abs/1904.06991, but on pixels."""
+    images, others = images.flatten(1), others.flatten(1)  # (N, 784), (M, 784)
+    reach = torch.cdist(others, others).kthvalue(k + 1).values  # (M,)
+    is_near = torch.cdist(images, others) <= reach  # (N, M)
+    return is_near.any(dim=1).float().mean().item()
+
+
+# ---- Housekeeping: the same text in all four scripts. Skip it at first. ----
+CHECKPOINT = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
+SAMPLES = Path(config.SAMPLES_PATH, NAME)
+RUNS = Path(config.TENSORBOARD_PATH, NAME)
+script = Path(__file__).read_text(encoding="utf-8")
+plain = int, float, str
+settings = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, plain)}
+settings["BETAS"] = BETAS
+
+
+def prepare():
+    """Check the settings, make the folders, return the device to train on."""
+    for name in "EPOCHS", "BATCH_SIZE", "NOISE_DIM", "LOG_EVERY":
+        if not isinstance(settings.get(name), int) or settings[name] < 1:
+            sys.exit(f"{name} must be a whole number above 0.")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        torch.manual_seed(SEED)
+        device = torch.zeros(1, device=config.DEVICE or found).device
+        Adam([torch.zeros(1)], LEARNING_RATE, BETAS, fused=True)  # refuses bad ones
+        for folder in CHECKPOINT.parent, SAMPLES, RUNS:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except Exception as error:
+        sys.exit(f"Change SEED, LEARNING_RATE, BETAS, DEVICE or a path. {error}")
+    return device
+
+
+def save_checkpoint(parts, epoch):
+    """Save all that a run needs to go on as if never stopped."""
+    checkpoint = {name: part.state_dict() for name, part in parts.items()}
+    checkpoint |= {"epoch": epoch, "settings": settings, "script": script}
+    checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # a seed
+    new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
+    torch.save(checkpoint, new)
+    new.replace(CHECKPOINT)  # whole, even after a kill
+
+
+def load_checkpoint(parts):
+    """Load the parts. Return the epochs done."""
+    if not config.LOAD or not CHECKPOINT.exists():
+        print("Starting from scratch.")
+        return 0
+    advice = f"Move {CHECKPOINT} away, or set LOAD = False."
+    try:
+        if zipfile.ZipFile(CHECKPOINT).testzip():
+            raise ValueError("damaged")
+        # weights_only: plain values, so nothing in the file can run
+        saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
+        for name, new in settings.items():
+            old = saved["settings"].get(name, new)
+            if old != new and name not in ("NAME", "EPOCHS", "TEST_SEED", "LOG_EVERY"):
+                sys.exit(f"{name} = {new!r}, but it was {old!r}. {advice}")
+        for name, part in parts.items():
+            if "optimizer" in name:  # the learning rate is the script's
+                saved[name]["param_groups"] = part.state_dict()["param_groups"]
+            part.load_state_dict(saved[name])
+    except Exception as error:  # damaged, malicious, other networks
+        sys.exit(f"{advice} {error!r}")
+    print(f"Going on after epoch {saved['epoch']} of {CHECKPOINT}.")
+    if saved["script"] != script:
+        print(f"{NAME}.py has changed since then.")
+    return saved["epoch"]
+
+
+def show_progress(epoch, share, start):
+    """Show on a terminal the share of the epoch done, and the time left."""
+    if sys.stdout.isatty():
+        left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
+        print(f"epoch {epoch} {share:4.0%} {left:.1f} min left ", end="\r", flush=True)
+
+
+def show(writer, tag, pixels, step, name):
+    """Show the first 64 pictures in TensorBoard and a PNG file."""
+    writer.add_images(f"images/{tag}", pixels[:64], step)
+    save_image(pixels[:64], SAMPLES / f"{name}.png")
+
+
 @torch.no_grad()
 def draw(generator, noise):
-    """Turn noise (N, NOISE_DIM) into pictures (N, 1, 28, 28) in [0, 1]."""
-    generator.eval()  # BatchNorm uses the statistics gathered in training: a picture depends on its own noise alone
-    pixels = torch.cat([to_pixels(generator(part)) for part in noise.split(500)])  # 500 at a time: less memory
+    """Return G's pictures of the noise (N, ...), from 0 to 1."""
+    generator.eval()  # BatchNorm uses averages
+    pixels = to_pixels(generator(noise))
     generator.train()
     return pixels
 
 
-def sliced_wasserstein(a, b):
-    """Return how far apart two equally large sets (N, C, H, W) are (sliced Wasserstein, after Rabin et al. 2011):
-    project both on a direction, sort, average |a - b| by rank, then over 256 random directions, always the same."""
-    directions = torch.randn(a[0].numel(), 256, generator=torch.Generator().manual_seed(0))
-    directions = nn.functional.normalize(directions, dim=0).to(a.device)  # of length 1
-    a, b = ((pixels.flatten(1) @ directions).sort(dim=0).values for pixels in (a, b))  # (N, 256)
-    return (a - b).abs().mean().item()
-
-
 if __name__ == "__main__":
-    # ---- Device and set-up -------------------------------------------------------------------------------------------
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    live = sys.stdout.isatty()  # text * live is for a terminal alone, where a line changes within the epoch
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("\n" * live + "Stopped. Run again with LOAD = True to go on."))
-    settings = {key: value if isinstance(value, (int, float, str, tuple)) else repr(value)  # plain: loads safely
-                for key, value in globals().items() if key.isupper()}
-    checkpoint_path = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
-    samples_path, runs_path = Path(config.SAMPLES_PATH, NAME), Path(config.TENSORBOARD_PATH, NAME)
-    try:
-        assert config.TRAIN or config.TEST and config.LOAD and checkpoint_path.exists(), "TRAIN first, or LOAD and TEST"
-        images = load_images(train=True).to(device)  # they stay there: training reads no file
-        for name, least in ("EPOCHS", 1), ("BATCH_SIZE", 2), ("NOISE_DIM", 1), ("LOG_EVERY", 1), ("SEED", 0):
-            assert isinstance(settings[name], int) and settings[name] >= least, f"{name} must be an integer >= {least}"
-        assert BATCH_SIZE <= len(images), f"BATCH_SIZE = {BATCH_SIZE} is more than the {len(images)} training images"
-        pixels = to_pixels(normalize(images[:1]))
-        assert pixels.isfinite().all(), "NORMALIZE_MEAN and NORMALIZE_STD must be finite, NORMALIZE_STD not 0"
-        for folder in (samples_path, checkpoint_path.parent, runs_path)[:3 if config.TRAIN else 1]:
-            folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(SEED)
-        generator, discriminator = Generator().to(device), Discriminator().to(device)
-        generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)  # quicker
-        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-        settings |= {"Generator": repr(generator), "Discriminator": repr(discriminator)}  # Load refuses other layers
-    except Exception as error:  # an impossible setting, a folder that cannot be made
-        sys.exit(f"Cannot start: {error}. Mend it in this script or in config.py.")
-    parts = {"generator": generator, "generator_optimizer": generator_optimizer,
-             "discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
-    rng = torch if device.type == "cpu" else torch.get_device_module(device)  # holds the random state
-    done = 0  # complete epochs
+    # ---- Set-up ----
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped. Run it again to go on."))
+    device = prepare()
+    images = load_images(train=True).to(device)
+    if NORMALIZE_STD == 0:
+        sys.exit("NORMALIZE_STD must not be 0.")
+    if not 2 <= BATCH_SIZE <= len(images):  # BatchNorm needs two
+        sys.exit(f"BATCH_SIZE must be from 2 to {len(images)}.")
+    fixed_noise = torch.randn(1000, NOISE_DIM).to(device)  # the same in every epoch
+    generator = Generator().to(device)
+    discriminator = Discriminator().to(device)
+    gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
+    disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
+    parts = {"generator": generator, "discriminator": discriminator}
+    parts |= {"gen_optimizer": gen_optimizer, "disc_optimizer": disc_optimizer}
+    epochs_done = load_checkpoint(parts)
 
-    # ---- Load --------------------------------------------------------------------------------------------------------
-    if config.LOAD and checkpoint_path.exists():
-        try:
-            assert zipfile.ZipFile(checkpoint_path).testzip() is None, "damaged"
-            checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)  # plain data: runs no code
-            for name in settings | checkpoint["settings"]:
-                now, then = settings.get(name), checkpoint["settings"].get(name)
-                if now != then and not (name == "EPOCHS" and now > then):
-                    sys.exit(f"{name} = {now!r:.50} but {then!r:.50} in {checkpoint_path}: undo it, or LOAD = False.")
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            rng.set_rng_state(checkpoint["random_state"].get(device.type, rng.get_rng_state()))  # not another device's
-            done = checkpoint["epoch"]
-        except Exception as error:  # damaged, foreign or malicious
-            sys.exit(f"{checkpoint_path} does not fit ({error!r:.120}): move it away, or LOAD = False to start over.")
+    # ---- Train ----
+    steps = len(images) // BATCH_SIZE  # a last, smaller batch is left out
+    tags = ["loss/discriminator", "loss/generator", "prob/real", "prob/fake"]
+    epochs = range(epochs_done + 1, EPOCHS + 1) if config.TRAIN else []
+    if not epochs and not epochs_done:
+        sys.exit("No checkpoint to draw from: set TRAIN or LOAD = True.")
+    if epochs:
+        print(f"Training to epoch {EPOCHS} on {device}. See {SAMPLES} and {RUNS}.")
+        held_out = to_pixels(normalize(load_images(train=False)[::10].to(device)))
+        real_pixels = to_pixels(normalize(images[:: 1 + len(images) // 1000]))
+        best = share_near(real_pixels, held_out), share_near(held_out, real_pixels)
+        writer = SummaryWriter(RUNS, purge_step=epochs_done * steps + (epochs_done > 0))
+        writer.add_text("settings", str(settings), epochs_done * steps)
+        if epochs_done == 0:
+            show(writer, "real", real_pixels, 0, "real")
+            show(writer, "fake", draw(generator, fixed_noise), 0, "epoch_0000")
+    for epoch in epochs:
+        torch.manual_seed(10_000 * SEED + epoch)  # the same after a stop
+        batches = torch.randperm(len(images), device=device).split(BATCH_SIZE)
+        history = torch.zeros(steps, len(tags), device=device)
+        start = time.time()
+        for step in range(steps):
+            real = normalize(images[batches[step]])  # (N, 784)
+            noise = torch.randn(BATCH_SIZE, NOISE_DIM, device=device)
+            fake = generator(noise)  # (N, 784)
 
-    # ---- Train -------------------------------------------------------------------------------------------------------
-    if config.TRAIN and done == EPOCHS:
-        print(f"{NAME}: all {EPOCHS} epochs are done. To train on raise EPOCHS, to draw set TEST = True in config.py.")
-    elif config.TRAIN:
-        print(f"Epochs {done + 1} to {EPOCHS} on {device}. Pictures: {samples_path}. Curves: {runs_path}.", flush=True)
-        held_out = to_pixels(normalize(load_images(train=False)[::5][:len(images)].to(device)))  # 2,000, not trained on
-        real_pixels = to_pixels(normalize(images[:len(held_out)]))
-        real_distance = sliced_wasserstein(real_pixels, held_out)  # about what a perfect generator would reach
-        noise = torch.randn(max(64, len(held_out)), NOISE_DIM, generator=torch.Generator().manual_seed(SEED)).to(device)
-        steps = len(images) // BATCH_SIZE  # in an epoch; the few images left over have their turn in another epoch
-        is_real, is_fake = torch.ones(BATCH_SIZE, 1, device=device), torch.zeros(BATCH_SIZE, 1, device=device)
-        tags = "loss/discriminator", "loss/generator", "prob/real", "prob/fake"
-        writer = SummaryWriter(runs_path, purge_step=done * steps + 1 if done else 0)  # hide what was left over
-        writer.add_text("settings", "  \n".join(f"{key} = {value!r}" for key, value in settings.items()), done * steps)
-        if done == 0:
-            for tag, name, pixels in ("real", "real", real_pixels), ("fake", "epoch_0000", draw(generator, noise[:64])):
-                utils.save_image(pixels[:64], samples_path / f"{name}.png")
-                writer.add_images(f"images/{tag}", pixels[:64], 0)
-        for epoch in range(done + 1, EPOCHS + 1):
-            order = torch.randperm(len(images), device=device)[:steps * BATCH_SIZE].view(steps, BATCH_SIZE)
-            history = torch.empty(steps, len(tags), device=device)  # on the device: reading it would wait for each step
-            start = shown = time.perf_counter()
-            for step, batch in enumerate(order, 1):
-                real = normalize(images[batch])
-                fake = generator(torch.randn(BATCH_SIZE, NOISE_DIM, device=device))
+            # Update D: minimise the mean of -log D(x) and -log(1 - D(G(z))).
+            # detach(): no gradient goes on into G, whose turn comes below.
+            real_output = discriminator(real)  # (N, 1)
+            fake_output = discriminator(fake.detach())
+            disc_loss = get_disc_loss(real_output, fake_output)
+            disc_optimizer.zero_grad()
+            disc_loss.backward()
+            disc_optimizer.step()
 
-                # Discriminator: raise log D(x) + log(1 - D(G(z))), halved. detach() keeps its gradient out of G.
-                on_real, on_fake = discriminator(torch.cat([real, fake.detach()])).chunk(2)
-                disc_loss = (bce(on_real, is_real) + bce(on_fake, is_fake)) / 2
-                discriminator_optimizer.zero_grad()
-                disc_loss.backward()
-                discriminator_optimizer.step()
+            # Update G: minimise -log D(G(z)), with the D that has just learned.
+            # The paper draws new fakes. The same ones save time.
+            gen_loss = get_gen_loss(discriminator(fake))
+            gen_optimizer.zero_grad()
+            gen_loss.backward(inputs=list(generator.parameters()))  # not D's
+            gen_optimizer.step()
 
-                # Generator: raise log D(G(z)), not lower log(1 - D(G(z))): steeper (non-saturating) for D(G(z)) near 0.
-                discriminator.requires_grad_(False)  # frozen: D passes the gradient on to G, computes none of its own
-                gen_loss = bce(discriminator(fake), is_real)
-                generator_optimizer.zero_grad()
-                gen_loss.backward()
-                generator_optimizer.step()
-                discriminator.requires_grad_(True)
+            answers = [real_output.mean(), fake_output.mean()]
+            history[step] = torch.stack([disc_loss, gen_loss, *answers]).detach()
+            if step % 10 == 0:
+                show_progress(epoch, (step + 1) / steps, start)
 
-                history[step - 1] = torch.stack([disc_loss, gen_loss, on_real.mean(), on_fake.mean()]).detach()
-                if time.perf_counter() - shown > 0.5 or step == steps:
-                    means, shown = history[:step].mean(dim=0).tolist(), time.perf_counter()
-                    speed = order[:step].numel() / (shown - start)
-                    line = f"epoch {epoch}/{EPOCHS}  D {means[0]:.3f}  G {means[1]:.3f}  {speed:,.0f} images/s"
-                    left = ((EPOCHS - epoch + 1) * steps / step - 1) * (shown - start) / 60
-                    print(f"\r{line}  {step / steps:4.0%}  {left:.1f} min left " * live, end="", flush=True)
-            pixels = draw(generator, noise)
-            distance = sliced_wasserstein(pixels[:len(held_out)], held_out)
-            print("\r" * live + f"{line}  distance {distance:.4f} (real {real_distance:.4f})", flush=True)
-            if not all(x.isfinite().all() for x in (history, *generator.parameters(), *discriminator.parameters())):
-                sys.exit("Not saved: loss or weights are not finite. Lower LEARNING_RATE and set LOAD = False.")
-            for i, values in enumerate(history.cpu().split(LOG_EVERY), 1):
-                for tag, value in zip(tags, values.mean(dim=0)):
-                    writer.add_scalar(tag, value, (epoch - 1) * steps + min(i * LOG_EVERY, steps))
-            writer.add_scalar("quality/sliced_wasserstein", distance, epoch * steps)
-            writer.add_scalar("speed/images_per_second", speed, epoch * steps)
-            writer.add_images("images/fake", pixels[:64], epoch * steps)
-            writer.flush()  # before the checkpoint, so that a kill in between leaves no gap in the curves
-            utils.save_image(pixels[:64], samples_path / f"epoch_{epoch:04}.png")
-            checkpoint = {"epoch": epoch, "settings": settings, "random_state": {device.type: rng.get_rng_state()}}
-            checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-            torch.save(checkpoint, checkpoint_path.with_suffix(".tmp"))
-            checkpoint_path.with_suffix(".tmp").replace(checkpoint_path)  # whole or not at all, whenever it is killed
+        means = history.mean(dim=0).tolist()
+        speed = steps * BATCH_SIZE / (time.time() - start)
+        pixels = draw(generator, fixed_noise)
+        precision = share_near(pixels, held_out)
+        recall = share_near(held_out, pixels)
+        print(
+            f"epoch {epoch}/{EPOCHS}  D {means[0]:.3f}  G {means[1]:.3f}  "
+            f"precision {precision:.2f} (real {best[0]:.2f})  "
+            f"recall {recall:.2f} (real {best[1]:.2f})  {speed:,.0f} images/s",
+            flush=True,
+        )
+        step = (epoch - 1) * steps
+        for part in history.cpu().split(LOG_EVERY):
+            step += len(part)
+            for tag, value in zip(tags, part.mean(dim=0)):
+                writer.add_scalar(tag, value, step)
+        writer.add_scalar("quality/precision", precision, step)
+        writer.add_scalar("quality/recall", recall, step)
+        writer.add_scalar("speed/images_per_second", speed, step)
+        show(writer, "fake", pixels, step, f"epoch_{epoch:04}")
+        writer.flush()
+        if not (history.isfinite().all() and pixels.isfinite().all()):
+            sys.exit("Not saved: no longer finite. Lower LEARNING_RATE, LOAD = False.")
+        save_checkpoint(parts, epoch)
+        epochs_done = epoch
 
-    # ---- Test --------------------------------------------------------------------------------------------------------
+    # ---- Test ----
     if config.TEST:
-        noise = torch.randn(64, NOISE_DIM, generator=torch.Generator().manual_seed(SEED + 1)).to(device)
+        torch.manual_seed(TEST_SEED)
+        noise = torch.randn(64, NOISE_DIM).to(device)
         samples = draw(generator, noise)
-        # Is latent (noise) space smooth? Each row walks from one noise vector to another; cos, sin keep the variance.
-        angle = torch.linspace(0, torch.pi / 2, 10, device=device).view(1, 10, 1)
-        walks = noise[:8, None] * angle.cos() + noise[8:16, None] * angle.sin()  # (8, 10, NOISE_DIM)
-        # Does it copy? To the right of each sample stands the training image nearest to it in pixel space.
-        distances = [torch.cdist(samples.flatten(1), to_pixels(normalize(i)).flatten(1)) for i in images.split(5000)]
-        nearest = to_pixels(normalize(images[torch.cat(distances, dim=1).argmin(dim=1)]))
-        utils.save_image(samples, samples_path / "test.png")
-        utils.save_image(draw(generator, walks.flatten(0, 1)), samples_path / "interpolation.png", nrow=10)
-        utils.save_image(torch.stack([samples, nearest], dim=1).flatten(0, 1), samples_path / "nearest.png", nrow=16)
-        print(f"{NAME}: drew test.png, interpolation.png and nearest.png in {samples_path}")
+        save_image(samples, SAMPLES / "test.png")
+        # Does G copy? Beside each sample: the real image most like it.
+        real = (to_pixels(normalize(part)).flatten(1) for part in images.split(1000))
+        distances = [torch.cdist(samples.flatten(1), part) for part in real]
+        nearest = images[torch.cat(distances, dim=1).argmin(dim=1)]
+        pairs = torch.stack([samples, to_pixels(normalize(nearest))], dim=1)
+        save_image(pairs.flatten(0, 1), SAMPLES / "nearest.png", nrow=16)
+        # Is noise space smooth? Each row walks from noise to noise.
+        walk = [draw(generator, noise[:8].lerp(noise[8:16], i / 9)) for i in range(10)]
+        walk = torch.stack(walk, dim=1).flatten(0, 1)
+        save_image(walk, SAMPLES / "interpolation.png", nrow=10)
+        paths = sorted(SAMPLES.glob("epoch_*.png"))[: epochs_done + 1]
+        paths = paths[:: 1 + epochs_done // 100] + paths[-1:] * 20  # the last one stays
+        if paths:
+            first, *rest = [Image.open(path) for path in paths]
+            first.save(
+                SAMPLES / "epochs.gif", append_images=rest, save_all=True, loop=0
+            )
+        print(f"Drew pictures in {SAMPLES}.")
+    elif not epochs:
+        print(f"{epochs_done} epochs are done. Raise EPOCHS or set TEST = True.")
