@@ -38,7 +38,7 @@ NAME = Path(__file__).stem  # names all files of a run
 DATASET = "cifar10"  # or "mnist", which comes with the project
 EPOCHS = 5  # each has a step of G for each batch; raise it to train on
 BATCH_SIZE = 64  # real images in a critic step, and as many fakes
-CRITIC_STEPS = 5  # before each step of G, so that C keeps up
+CRITIC_STEPS = 5  # before each step of G: C keeps up
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
 LEARNING_RATE = 5e-5  # Adam's step size; 2e-4 draws shapes earlier
 BETAS = (0.0, 0.9)  # how much Adam remembers of past gradients, and their squares
@@ -65,7 +65,7 @@ def load_images():
         sys.exit(f"No {DATASET}: put its archives into {config.DATA_PATH}. {error!r}")
     if DATASET == "mnist":
         return mnist.data.unsqueeze(1)
-    # contiguous: each colour by itself in memory, which is faster on a CPU
+    # contiguous: each colour by itself in memory, as PyTorch's layers expect
     return torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
 
 
