@@ -8,7 +8,7 @@ no gradient is left. Here D ends in the logit s, and BCEWithLogitsLoss does both
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python bce_logits_gan.py, and to watch it: tensorboard --logdir runs
-Expect: digits after 5 epochs, most of them legible after 10; all 50 in 4 minutes
+Expect: digits after 5 epochs, most of them legible after 10; 4 minutes in all
 """
 
 import signal
@@ -47,7 +47,9 @@ def load_images(train):
     try:
         mnist = datasets.MNIST(config.DATA_PATH, train=train, download=True)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        sys.exit(f"No MNIST: put its four .gz files into data/MNIST/raw. {error!r}")
+        sys.exit(
+            f"No MNIST: put its four .gz files into DATA_PATH/MNIST/raw. {error!r}"
+        )
     return mnist.data
 
 
@@ -110,7 +112,7 @@ class Discriminator(nn.Sequential):
 
 
 # ---- Losses ----
-bce = nn.BCEWithLogitsLoss()  # bce(sigmoid(s), target), exactly
+bce = nn.BCEWithLogitsLoss()  # exactly bce(sigmoid(s))
 
 
 def get_disc_loss(real_output, fake_output):
@@ -171,7 +173,7 @@ def save_checkpoint(parts, epoch):
     checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # a seed
     new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
     torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # whole, even after a kill
+    new.replace(CHECKPOINT)  # whole, even if killed
 
 
 def load_checkpoint(parts):
@@ -190,7 +192,7 @@ def load_checkpoint(parts):
             if old != new and name not in ("NAME", "EPOCHS", "TEST_SEED", "LOG_EVERY"):
                 sys.exit(f"{name} = {new!r}, but it was {old!r}. {advice}")
         for name, part in parts.items():
-            if "optimizer" in name:  # the learning rate is the script's
+            if "optimizer" in name:  # its memory, not its rate
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
     except Exception as error:  # damaged, malicious, other networks
@@ -202,7 +204,7 @@ def load_checkpoint(parts):
 
 
 def show_progress(epoch, share, start):
-    """Show on a terminal the share of the epoch done, and the time left."""
+    """Show on a terminal the share of the epoch done and the time left."""
     if sys.stdout.isatty():
         left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
         print(f"epoch {epoch} {share:4.0%} {left:.1f} min left ", end="\r", flush=True)
@@ -332,9 +334,8 @@ if __name__ == "__main__":
         paths = paths[:: 1 + epochs_done // 100] + paths[-1:] * 20  # the last one stays
         if paths:
             first, *rest = [Image.open(path) for path in paths]
-            first.save(
-                SAMPLES / "epochs.gif", append_images=rest, save_all=True, loop=0
-            )
+            gif = SAMPLES / "epochs.gif"
+            first.save(gif, append_images=rest, save_all=True, duration=100, loop=0)
         print(f"Drew pictures in {SAMPLES}.")
     elif not epochs:
-        print(f"{epochs_done} epochs are done. Raise EPOCHS or set TEST = True.")
+        print(f"{epochs_done} epochs are done. See TRAIN, EPOCHS and TEST.")

@@ -46,7 +46,9 @@ def load_images(train):
     try:
         mnist = datasets.MNIST(config.DATA_PATH, train=train, download=True)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        sys.exit(f"No MNIST: put its four .gz files into data/MNIST/raw. {error!r}")
+        sys.exit(
+            f"No MNIST: put its four .gz files into DATA_PATH/MNIST/raw. {error!r}"
+        )
     return mnist.data
 
 
@@ -160,7 +162,7 @@ def save_checkpoint(parts, epoch):
     checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # a seed
     new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
     torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # whole, even after a kill
+    new.replace(CHECKPOINT)  # whole, even if killed
 
 
 def load_checkpoint(parts):
@@ -179,7 +181,7 @@ def load_checkpoint(parts):
             if old != new and name not in ("NAME", "EPOCHS", "TEST_SEED", "LOG_EVERY"):
                 sys.exit(f"{name} = {new!r}, but it was {old!r}. {advice}")
         for name, part in parts.items():
-            if "optimizer" in name:  # the learning rate is the script's
+            if "optimizer" in name:  # its memory, not its rate
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
     except Exception as error:  # damaged, malicious, other networks
@@ -191,7 +193,7 @@ def load_checkpoint(parts):
 
 
 def show_progress(epoch, share, start):
-    """Show on a terminal the share of the epoch done, and the time left."""
+    """Show on a terminal the share of the epoch done and the time left."""
     if sys.stdout.isatty():
         left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
         print(f"epoch {epoch} {share:4.0%} {left:.1f} min left ", end="\r", flush=True)
@@ -321,9 +323,8 @@ if __name__ == "__main__":
         paths = paths[:: 1 + epochs_done // 100] + paths[-1:] * 20  # the last one stays
         if paths:
             first, *rest = [Image.open(path) for path in paths]
-            first.save(
-                SAMPLES / "epochs.gif", append_images=rest, save_all=True, loop=0
-            )
+            gif = SAMPLES / "epochs.gif"
+            first.save(gif, append_images=rest, save_all=True, duration=100, loop=0)
         print(f"Drew pictures in {SAMPLES}.")
     elif not epochs:
-        print(f"{epochs_done} epochs are done. Raise EPOCHS or set TEST = True.")
+        print(f"{epochs_done} epochs are done. See TRAIN, EPOCHS and TEST.")

@@ -6,7 +6,7 @@ critic C, whose answer is any number, a score. It maximises
     mean of C(x) over real x  -  mean of C(G(z)) over noise z
 
 with a slope, the norm of its gradient in x, of at most 1. The best value is the
-Wasserstein distance: how far fakes must be moved, on average, to be spread like real
+Wasserstein distance: how far fakes must at least be moved to be spread like real
 images. It has a slope for G even while the two have nothing in common. WGAN cuts C's
 weights off to hold its slope, which makes C too simple. WGAN-GP penalises slopes not 1.
 
@@ -36,7 +36,7 @@ import config
 # ---- Settings: try others in a copy, which keeps its results apart ----
 NAME = Path(__file__).stem  # names all files of a run
 DATASET = "cifar10"  # or "mnist", which comes with the project
-EPOCHS = 5  # each has a step of G for each batch; raise it to train on
+EPOCHS = 5  # of data size / BATCH_SIZE steps of G; raise it to train on
 BATCH_SIZE = 64  # real images in a critic step, and as many fakes
 CRITIC_STEPS = 5  # before each step of G: C keeps up
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
@@ -62,7 +62,7 @@ def load_images():
         else:
             sys.exit('DATASET must be "cifar10" or "mnist".')
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        sys.exit(f"No {DATASET}: put its archives into {config.DATA_PATH}. {error!r}")
+        sys.exit(f"No {DATASET}: put its files into DATA_PATH(/MNIST/raw). {error!r}")
     if DATASET == "mnist":
         return mnist.data.unsqueeze(1)
     # contiguous: each colour by itself in memory, as PyTorch's layers expect
@@ -83,7 +83,7 @@ def to_pixels(images):
 # ---- Networks: 4, 2, 1 (kernel, stride, padding) doubles or halves the size ----
 class Generator(nn.Sequential):
     """Turn standard normal noise (N, NOISE_DIM, 1, 1) into images (N, CHANNELS, 64, 64)
-    from -1 to 1. DCGAN's N(0, 0.02) weights are left out."""
+    from -1 to 1. DCGAN's first weights, N(0, 0.02), are not used."""
 
     def __init__(self, f=FEATURES):
         super().__init__(
@@ -132,7 +132,7 @@ class Critic(nn.Sequential):
 def gradient_penalty(critic, real, fake):
     """Return PENALTY_WEIGHT times the mean of (slope - 1)^2, and the mean slope.
 
-    The best C has slope 1 between each fake and the real image that it is moved to.
+    The best C has slope 1 on the line from a fake to the image that it is moved to.
     Random pairs of real and fake (N, CHANNELS, 64, 64) stand for these.
     """
     share = torch.rand(len(real), 1, 1, 1, device=real.device)  # one for each pair
@@ -198,7 +198,7 @@ def save_checkpoint(parts, epoch):
     checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # a seed
     new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
     torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # whole, even after a kill
+    new.replace(CHECKPOINT)  # whole, even if killed
 
 
 def load_checkpoint(parts):
@@ -217,7 +217,7 @@ def load_checkpoint(parts):
             if old != new and name not in ("NAME", "EPOCHS", "TEST_SEED", "LOG_EVERY"):
                 sys.exit(f"{name} = {new!r}, but it was {old!r}. {advice}")
         for name, part in parts.items():
-            if "optimizer" in name:  # the learning rate is the script's
+            if "optimizer" in name:  # its memory, not its rate
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
     except Exception as error:  # damaged, malicious, other networks
@@ -229,7 +229,7 @@ def load_checkpoint(parts):
 
 
 def show_progress(epoch, share, start):
-    """Show on a terminal the share of the epoch done, and the time left."""
+    """Show on a terminal the share of the epoch done and the time left."""
     if sys.stdout.isatty():
         left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
         print(f"epoch {epoch} {share:4.0%} {left:.1f} min left ", end="\r", flush=True)
@@ -267,7 +267,7 @@ if __name__ == "__main__":
     epochs_done = load_checkpoint(parts)
 
     # ---- Train ----
-    steps = len(images) // BATCH_SIZE  # a last, smaller batch is left out
+    steps = len(images) // BATCH_SIZE  # of G in an epoch
     tags = ["loss/critic", "loss/generator", "critic/wasserstein_distance"]
     tags += ["critic/gradient_norm", "critic/gradient_penalty"]
     epochs = range(epochs_done + 1, EPOCHS + 1) if config.TRAIN else []
@@ -355,9 +355,8 @@ if __name__ == "__main__":
         paths = paths[:: 1 + epochs_done // 100] + paths[-1:] * 20  # the last one stays
         if paths:
             first, *rest = [Image.open(path) for path in paths]
-            first.save(
-                SAMPLES / "epochs.gif", append_images=rest, save_all=True, loop=0
-            )
+            gif = SAMPLES / "epochs.gif"
+            first.save(gif, append_images=rest, save_all=True, duration=100, loop=0)
         print(f"Drew pictures in {SAMPLES}.")
     elif not epochs:
-        print(f"{epochs_done} epochs are done. Raise EPOCHS or set TEST = True.")
+        print(f"{epochs_done} epochs are done. See TRAIN, EPOCHS and TEST.")
