@@ -13,7 +13,7 @@ weights off to hold its slope, which makes C too simple. WGAN-GP penalises slope
 Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
         WGAN-GP https://arxiv.org/abs/1704.00028 (algorithm 1)
 Run:    python dcgan_wgan_gp.py, and to watch it: tensorboard --logdir runs
-Expect: colours after 2 epochs, rough shapes after 5; 6 minutes each on a CPU
+Expect: colours after 2 epochs, rough shapes after 5; 6 to 9 minutes each on a CPU
 """
 
 import signal
@@ -306,9 +306,8 @@ if __name__ == "__main__":
             gen_loss.backward(inputs=list(generator.parameters()))  # not C's
             gen_optimizer.step()
 
-            distance = (
-                real_output.mean() - fake_output.mean()
-            )  # of the last critic step
+            # Of the last critic step:
+            distance = real_output.mean() - fake_output.mean()
             values = [critic_loss, gen_loss, distance, slope, penalty]
             history[step] = torch.stack(values).detach()
             if step % 10 == 0:

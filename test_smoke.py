@@ -486,6 +486,14 @@ def test_a_folder_that_cannot_be_written_is_named(path, place):
     assert script.name in refused(script) and snapshot(script.parent) == {}
 
 
+def test_an_existing_folder_that_cannot_be_written_is_named(place, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # even for an administrator
+    assert "checkpoints" in refused(place("vanilla_gan"))
+
+
 def test_missing_and_damaged_data_say_what_to_do(place):
     script = place("vanilla_gan")
     raw = script.parent / "data" / "MNIST" / "raw"
