@@ -1,13 +1,13 @@
 """Logits GAN: the game of vanilla_gan.py, with a loss that stays exact.
 
-There D ends in a sigmoid, and the loss takes its logarithm. Between them, float32 loses
-what D says: sigmoid(17) is 1, sigmoid(-200) is 0. BCELoss cuts log(0) off at -100, and
-no gradient is left. Here D ends in the logit s, and BCEWithLogitsLoss does both in one:
+There D ends in a sigmoid, and the loss takes its logarithm. In between, float32 rounds
+what D says: sigmoid(17) is 1, sigmoid(-200) is 0. There the sigmoid is flat: G gets no
+gradient. Here D ends in the logit s, and BCEWithLogitsLoss does both in one:
 
     -log sigmoid(s)  =  log(1 + exp(-s))  =  max(0, -s) + log(1 + exp(-|s|))
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
-Run:    python bce_logits_gan.py, and to watch it: tensorboard --logdir runs
+Run:    python bce_logits_gan.py, then tensorboard --logdir runs
 Expect: digits after 5 epochs, most of them legible after 10; 4 minutes in all
 """
 
@@ -30,12 +30,12 @@ import config
 
 # ---- Settings: try others in a copy, which keeps its results apart ----
 NAME = Path(__file__).stem  # names all files of a run
-EPOCHS = 50  # passes over the images; raise it to train on
+EPOCHS = 50  # passes over the images; raise it to go on
 BATCH_SIZE = 128  # real images in a step, and as many fakes
 LEARNING_RATE = 3e-4  # Adam's step size, for both networks
 BETAS = (0.0, 0.999)  # Adam's memory of gradients (none: D changes) and of squares
 NOISE_DIM = 64  # random numbers that G gets for one image
-HIDDEN_DIM = 64  # width of G's first block
+HIDDEN_DIM = 64  # width of the narrowest block
 SEED = config.SEED  # the same seed gives the same run
 TEST_SEED = 1  # another one draws other samples
 LOG_EVERY = 100  # steps averaged into one point of a curve
@@ -59,7 +59,7 @@ def normalize(images):
 
 
 def to_pixels(images):
-    """Undo normalize: float (N, 784) becomes pictures (N, 1, 28, 28) from 0 to 1."""
+    """Turn images (N, 784) into pictures (N, 1, 28, 28), still 0 to 1."""
     return images.view(-1, 1, 28, 28)
 
 
@@ -107,12 +107,12 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, images):
-        """Return the logits. Centred input, -1 to 1, is easier to learn from."""
+        """Return the logits. Weights learn nothing from 0, so black is -1."""
         return super().forward(2 * images - 1)
 
 
 # ---- Losses ----
-bce = nn.BCEWithLogitsLoss()  # exactly bce(sigmoid(s))
+bce = nn.BCEWithLogitsLoss()  # BCELoss of the sigmoid, unrounded
 
 
 def get_disc_loss(real_output, fake_output):
@@ -129,11 +129,12 @@ def get_gen_loss(fake_output):
 
 # ---- Quality ----
 def share_near(images, others, k=5):
-    """Return the share of images (N, ...) near one of others (M, ...): within the
-    distance of that one's k-th neighbour. Fakes near real images: precision. Real ones
-    near fakes: recall. After https://arxiv.org/abs/1904.06991, but on pixels."""
+    """Return the share of images (N, ...) that are near one of others (M, ...): nearer
+    than that one's k-th neighbour among the others. Precision is the share of fakes
+    near real images, recall that of real images near fakes.
+    After https://arxiv.org/abs/1904.06991, on pixels."""
     images, others = images.flatten(1), others.flatten(1)  # (N, 784), (M, 784)
-    reach = torch.cdist(others, others).kthvalue(k + 1).values  # (M,)
+    reach = torch.cdist(others, others).kthvalue(k + 1).values  # 1st: itself
     is_near = torch.cdist(images, others) <= reach  # (N, M)
     return is_near.any(dim=1).float().mean().item()
 
@@ -149,7 +150,7 @@ settings["BETAS"] = BETAS
 
 
 def prepare():
-    """Check the settings, make the folders, return the device to train on."""
+    """Check the settings, seed, make the folders, return the device to train on."""
     for name in "EPOCHS", "BATCH_SIZE", "NOISE_DIM", "HIDDEN_DIM", "LOG_EVERY":
         if not isinstance(settings.get(name), int) or settings[name] < 1:
             sys.exit(f"{name} must be a whole number above 0.")
@@ -170,10 +171,10 @@ def save_checkpoint(parts, epoch):
     """Save all that a run needs to go on as if never stopped."""
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     checkpoint |= {"epoch": epoch, "settings": settings, "script": script}
-    checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # a seed
+    checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # the next seed
     new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
     torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # whole, even if killed
+    new.replace(CHECKPOINT)  # a kill leaves the old one
 
 
 def load_checkpoint(parts):
@@ -185,7 +186,7 @@ def load_checkpoint(parts):
     try:
         if zipfile.ZipFile(CHECKPOINT).testzip():
             raise ValueError("damaged")
-        # weights_only: plain values, so nothing in the file can run
+        # weights_only: code in the file is never run
         saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
         for name, new in settings.items():
             old = saved["settings"].get(name, new)
@@ -195,7 +196,7 @@ def load_checkpoint(parts):
             if "optimizer" in name:  # its memory, not its rate
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
-    except Exception as error:  # damaged, malicious, other networks
+    except Exception as error:
         sys.exit(f"{advice} {error!r}")
     print(f"Going on after epoch {saved['epoch']} of {CHECKPOINT}.")
     if saved["script"] != script:
@@ -203,11 +204,10 @@ def load_checkpoint(parts):
     return saved["epoch"]
 
 
-def show_progress(epoch, share, start):
-    """Show on a terminal the share of the epoch done and the time left."""
+def show_progress(text):
+    """Show a line on a terminal, in place of the one before."""
     if sys.stdout.isatty():
-        left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
-        print(f"epoch {epoch} {share:4.0%} {left:.1f} min left ", end="\r", flush=True)
+        print(text, end="\r", flush=True)
 
 
 def show(writer, tag, pixels, step, name):
@@ -219,7 +219,7 @@ def show(writer, tag, pixels, step, name):
 @torch.no_grad()
 def draw(generator, noise):
     """Return G's pictures of the noise (N, ...), from 0 to 1."""
-    generator.eval()  # BatchNorm uses averages
+    generator.eval()  # BatchNorm uses running averages
     pixels = to_pixels(generator(noise))
     generator.train()
     return pixels
@@ -251,7 +251,7 @@ if __name__ == "__main__":
         print(f"Training to epoch {EPOCHS} on {device}. See {SAMPLES} and {RUNS}.")
         held_out = to_pixels(normalize(load_images(train=False)[::10].to(device)))
         real_pixels = to_pixels(normalize(images[:: 1 + len(images) // 1000]))
-        best = share_near(real_pixels, held_out), share_near(held_out, real_pixels)
+        goal = share_near(real_pixels, held_out), share_near(held_out, real_pixels)
         writer = SummaryWriter(RUNS, purge_step=epochs_done * steps + (epochs_done > 0))
         writer.add_text("settings", str(settings), epochs_done * steps)
         if epochs_done == 0:
@@ -277,16 +277,18 @@ if __name__ == "__main__":
             disc_optimizer.step()
 
             # Update G: minimise -log D(G(z)), with the D that has just learned.
-            # The paper draws new fakes. The same ones save time.
+            # Goodfellow et al. draw new fakes. The same ones save time.
             gen_loss = get_gen_loss(discriminator(fake))
             gen_optimizer.zero_grad()
-            gen_loss.backward(inputs=list(generator.parameters()))  # not D's
+            gen_loss.backward(inputs=list(generator.parameters()))  # skips D's
             gen_optimizer.step()
 
             answers = [real_output.sigmoid().mean(), fake_output.sigmoid().mean()]
             history[step] = torch.stack([disc_loss, gen_loss, *answers]).detach()
             if step % 10 == 0:
-                show_progress(epoch, (step + 1) / steps, start)
+                share = (step + 1) / steps
+                left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
+                show_progress(f"epoch {epoch} {share:4.0%} {left:.1f} min left ")
 
         means = history.mean(dim=0).tolist()
         speed = steps * BATCH_SIZE / (time.time() - start)
@@ -295,8 +297,8 @@ if __name__ == "__main__":
         recall = share_near(held_out, pixels)
         print(
             f"epoch {epoch}/{EPOCHS}  D {means[0]:.3f}  G {means[1]:.3f}  "
-            f"precision {precision:.2f} (real {best[0]:.2f})  "
-            f"recall {recall:.2f} (real {best[1]:.2f})  {speed:,.0f} images/s",
+            f"precision {precision:.2f} (real {goal[0]:.2f})  "
+            f"recall {recall:.2f} (real {goal[1]:.2f})  {speed:,.0f} images/s",
             flush=True,
         )
         step = (epoch - 1) * steps
@@ -310,7 +312,7 @@ if __name__ == "__main__":
         show(writer, "fake", pixels, step, f"epoch_{epoch:04}")
         writer.flush()
         if not (history.isfinite().all() and pixels.isfinite().all()):
-            sys.exit("Not saved: no longer finite. Lower LEARNING_RATE, LOAD = False.")
+            sys.exit("A loss is NaN or inf. Lower LEARNING_RATE and set LOAD = False.")
         save_checkpoint(parts, epoch)
         epochs_done = epoch
 

@@ -7,7 +7,7 @@ paints a patch of 5x5 for each pixel, and strides of two double the image: 7, 14
 As in bce_logits_gan.py, D ends in a logit.
 
 Paper:  DCGAN, Radford et al. 2016, https://arxiv.org/abs/1511.06434 (with other layers)
-Run:    python conv_gan.py, and to watch it: tensorboard --logdir runs
+Run:    python conv_gan.py, then tensorboard --logdir runs
 Expect: digits after 2 epochs, most of them legible after 5, of 2 minutes each
 """
 
@@ -30,7 +30,7 @@ import config
 
 # ---- Settings: try others in a copy, which keeps its results apart ----
 NAME = Path(__file__).stem  # names all files of a run
-EPOCHS = 100  # passes over the images; raise it to train on
+EPOCHS = 100  # passes over the images; raise it to go on
 BATCH_SIZE = 64  # real images in a step, and as many fakes
 LEARNING_RATE = 1e-4  # Adam's step size, for both networks
 BETAS = (0.5, 0.999)  # Adam's memory of gradients (0.5 as in DCGAN) and of squares
@@ -68,14 +68,14 @@ class Generator(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            nn.Linear(NOISE_DIM, 7 * 7 * 256, bias=False),  # BatchNorm has its own bias
+            nn.Linear(NOISE_DIM, 7 * 7 * 256, bias=False),  # BatchNorm cancels a bias
             nn.BatchNorm1d(7 * 7 * 256),
             nn.LeakyReLU(0.2),
             nn.Unflatten(1, (256, 7, 7)),  # (N, 256, 7, 7)
             nn.ConvTranspose2d(256, 128, 5, padding=2, bias=False),  # (N, 128, 7, 7)
             nn.BatchNorm2d(128),
             nn.LeakyReLU(0.2),
-            # Stride 2 makes 7 of 13 and 14. With output_padding, 7 becomes 14, not 13.
+            # Stride 2 takes 13 and 14 to 7. With output_padding, 7 becomes 14, not 13.
             nn.ConvTranspose2d(128, 64, 5, 2, padding=2, output_padding=1, bias=False),
             nn.BatchNorm2d(64),  # (N, 64, 14, 14)
             nn.LeakyReLU(0.2),
@@ -91,7 +91,7 @@ class Discriminator(nn.Sequential):
         super().__init__(
             nn.Conv2d(1, 64, 5, stride=2, padding=2),  # (N, 64, 14, 14)
             nn.LeakyReLU(0.2),
-            nn.Dropout(0.3),  # blanks 30 % at random: D must not rely on a few of them
+            nn.Dropout(0.3),  # zeroes 30 % of the features: D must not rely on a few
             nn.Conv2d(64, 128, 5, stride=2, padding=2),  # (N, 128, 7, 7)
             nn.LeakyReLU(0.2),
             nn.Dropout(0.3),
@@ -101,7 +101,7 @@ class Discriminator(nn.Sequential):
 
 
 # ---- Losses ----
-bce = nn.BCEWithLogitsLoss()  # bce(sigmoid(s), target), exactly
+bce = nn.BCEWithLogitsLoss()  # as in bce_logits_gan.py
 
 
 def get_disc_loss(real_output, fake_output):
@@ -118,11 +118,12 @@ def get_gen_loss(fake_output):
 
 # ---- Quality ----
 def share_near(images, others, k=5):
-    """Return the share of images (N, ...) near one of others (M, ...): within the
-    distance of that one's k-th neighbour. Fakes near real images: precision. Real ones
-    near fakes: recall. After https://arxiv.org/abs/1904.06991, but on pixels."""
+    """Return the share of images (N, ...) that are near one of others (M, ...): nearer
+    than that one's k-th neighbour among the others. Precision is the share of fakes
+    near real images, recall that of real images near fakes.
+    After https://arxiv.org/abs/1904.06991, on pixels."""
     images, others = images.flatten(1), others.flatten(1)  # (N, 784), (M, 784)
-    reach = torch.cdist(others, others).kthvalue(k + 1).values  # (M,)
+    reach = torch.cdist(others, others).kthvalue(k + 1).values  # 1st: itself
     is_near = torch.cdist(images, others) <= reach  # (N, M)
     return is_near.any(dim=1).float().mean().item()
 
@@ -138,7 +139,7 @@ settings["BETAS"] = BETAS
 
 
 def prepare():
-    """Check the settings, make the folders, return the device to train on."""
+    """Check the settings, seed, make the folders, return the device to train on."""
     for name in "EPOCHS", "BATCH_SIZE", "NOISE_DIM", "LOG_EVERY":
         if not isinstance(settings.get(name), int) or settings[name] < 1:
             sys.exit(f"{name} must be a whole number above 0.")
@@ -159,10 +160,10 @@ def save_checkpoint(parts, epoch):
     """Save all that a run needs to go on as if never stopped."""
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     checkpoint |= {"epoch": epoch, "settings": settings, "script": script}
-    checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # a seed
+    checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # the next seed
     new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
     torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # whole, even if killed
+    new.replace(CHECKPOINT)  # a kill leaves the old one
 
 
 def load_checkpoint(parts):
@@ -174,7 +175,7 @@ def load_checkpoint(parts):
     try:
         if zipfile.ZipFile(CHECKPOINT).testzip():
             raise ValueError("damaged")
-        # weights_only: plain values, so nothing in the file can run
+        # weights_only: code in the file is never run
         saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
         for name, new in settings.items():
             old = saved["settings"].get(name, new)
@@ -184,7 +185,7 @@ def load_checkpoint(parts):
             if "optimizer" in name:  # its memory, not its rate
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
-    except Exception as error:  # damaged, malicious, other networks
+    except Exception as error:
         sys.exit(f"{advice} {error!r}")
     print(f"Going on after epoch {saved['epoch']} of {CHECKPOINT}.")
     if saved["script"] != script:
@@ -192,11 +193,10 @@ def load_checkpoint(parts):
     return saved["epoch"]
 
 
-def show_progress(epoch, share, start):
-    """Show on a terminal the share of the epoch done and the time left."""
+def show_progress(text):
+    """Show a line on a terminal, in place of the one before."""
     if sys.stdout.isatty():
-        left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
-        print(f"epoch {epoch} {share:4.0%} {left:.1f} min left ", end="\r", flush=True)
+        print(text, end="\r", flush=True)
 
 
 def show(writer, tag, pixels, step, name):
@@ -208,7 +208,7 @@ def show(writer, tag, pixels, step, name):
 @torch.no_grad()
 def draw(generator, noise):
     """Return G's pictures of the noise (N, ...), from 0 to 1."""
-    generator.eval()  # BatchNorm uses averages
+    generator.eval()  # BatchNorm uses running averages
     pixels = to_pixels(generator(noise))
     generator.train()
     return pixels
@@ -240,7 +240,7 @@ if __name__ == "__main__":
         print(f"Training to epoch {EPOCHS} on {device}. See {SAMPLES} and {RUNS}.")
         held_out = to_pixels(normalize(load_images(train=False)[::10].to(device)))
         real_pixels = to_pixels(normalize(images[:: 1 + len(images) // 1000]))
-        best = share_near(real_pixels, held_out), share_near(held_out, real_pixels)
+        goal = share_near(real_pixels, held_out), share_near(held_out, real_pixels)
         writer = SummaryWriter(RUNS, purge_step=epochs_done * steps + (epochs_done > 0))
         writer.add_text("settings", str(settings), epochs_done * steps)
         if epochs_done == 0:
@@ -266,16 +266,18 @@ if __name__ == "__main__":
             disc_optimizer.step()
 
             # Update G: minimise -log D(G(z)), with the D that has just learned.
-            # The paper draws new fakes. The same ones save time.
+            # Goodfellow et al. draw new fakes. The same ones save time.
             gen_loss = get_gen_loss(discriminator(fake))
             gen_optimizer.zero_grad()
-            gen_loss.backward(inputs=list(generator.parameters()))  # not D's
+            gen_loss.backward(inputs=list(generator.parameters()))  # skips D's
             gen_optimizer.step()
 
             answers = [real_output.sigmoid().mean(), fake_output.sigmoid().mean()]
             history[step] = torch.stack([disc_loss, gen_loss, *answers]).detach()
             if step % 10 == 0:
-                show_progress(epoch, (step + 1) / steps, start)
+                share = (step + 1) / steps
+                left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
+                show_progress(f"epoch {epoch} {share:4.0%} {left:.1f} min left ")
 
         means = history.mean(dim=0).tolist()
         speed = steps * BATCH_SIZE / (time.time() - start)
@@ -284,8 +286,8 @@ if __name__ == "__main__":
         recall = share_near(held_out, pixels)
         print(
             f"epoch {epoch}/{EPOCHS}  D {means[0]:.3f}  G {means[1]:.3f}  "
-            f"precision {precision:.2f} (real {best[0]:.2f})  "
-            f"recall {recall:.2f} (real {best[1]:.2f})  {speed:,.0f} images/s",
+            f"precision {precision:.2f} (real {goal[0]:.2f})  "
+            f"recall {recall:.2f} (real {goal[1]:.2f})  {speed:,.0f} images/s",
             flush=True,
         )
         step = (epoch - 1) * steps
@@ -299,7 +301,7 @@ if __name__ == "__main__":
         show(writer, "fake", pixels, step, f"epoch_{epoch:04}")
         writer.flush()
         if not (history.isfinite().all() and pixels.isfinite().all()):
-            sys.exit("Not saved: no longer finite. Lower LEARNING_RATE, LOAD = False.")
+            sys.exit("A loss is NaN or inf. Lower LEARNING_RATE and set LOAD = False.")
         save_checkpoint(parts, epoch)
         epochs_done = epoch
 

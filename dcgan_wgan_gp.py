@@ -1,19 +1,18 @@
-"""DCGAN with Wasserstein loss: colour pictures, and a curve that tells their quality.
+"""DCGAN with Wasserstein loss: colour pictures and a curve of their quality.
 
-A discriminator that is sure gives G gradients that vanish or jump. In its place comes a
-critic C, whose answer is any number, a score. It maximises
+A critic C takes the place of D. It gives scores, any numbers, and maximises
 
     mean of C(x) over real x  -  mean of C(G(z)) over noise z
 
 with a slope, the norm of its gradient in x, of at most 1. The best value is the
-Wasserstein distance: how far fakes must at least be moved to be spread like real
-images. It has a slope for G even while the two have nothing in common. WGAN cuts C's
-weights off to hold its slope, which makes C too simple. WGAN-GP penalises slopes not 1.
+Wasserstein distance: how far fakes must be moved to be spread like real images. Where a
+sure D is flat, C has a slope for G. WGAN clips C's weights to limit the slope, WGAN-GP
+penalises slopes other than 1.
 
 Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
         WGAN-GP https://arxiv.org/abs/1704.00028 (algorithm 1)
-Run:    python dcgan_wgan_gp.py, and to watch it: tensorboard --logdir runs
-Expect: colours after 2 epochs, rough shapes after 5; 6 to 9 minutes each on a CPU
+Run:    python dcgan_wgan_gp.py, then tensorboard --logdir runs
+Expect: colours after 2 epochs, rough shapes after 5, of 6 to 9 minutes on a CPU
 """
 
 import signal
@@ -24,28 +23,29 @@ import zipfile
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
 import config
 
 # ---- Settings: try others in a copy, which keeps its results apart ----
 NAME = Path(__file__).stem  # names all files of a run
-DATASET = "cifar10"  # or "mnist", which comes with the project
-EPOCHS = 5  # of data size / BATCH_SIZE steps of G; raise it to train on
+DATASET = "cifar10"  # or "mnist", or a folder of your own pictures
+EPOCHS = 5  # of N / BATCH_SIZE steps of G
 BATCH_SIZE = 64  # real images in a critic step, and as many fakes
-CRITIC_STEPS = 5  # before each step of G: C keeps up
+CRITIC_STEPS = 5  # before each step of G
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
 LEARNING_RATE = 5e-5  # Adam's step size; 2e-4 draws shapes earlier
-BETAS = (0.0, 0.9)  # how much Adam remembers of past gradients, and their squares
+BETAS = (0.0, 0.9)  # Adam's memory of gradients (none: C changes) and of squares
 NOISE_DIM = 100  # channels of the noise
-# Channels at 32x32 pixels: 64 as in DCGAN's code, or 16 for a CPU
+# Channels at 32x32 pixels, fewer on a CPU
 FEATURES = 64 if config.DEVICE != "cpu" and torch.accelerator.is_available() else 16
-CHANNELS = 1 if DATASET == "mnist" else 3  # grey, or red, green and blue
+CHANNELS = 1 if DATASET == "mnist" else 3  # grey, or colour
 SEED = config.SEED  # the same seed gives the same run
 TEST_SEED = 1  # another one draws other samples
 LOG_EVERY = 100  # steps averaged into one point of a curve
@@ -53,37 +53,52 @@ LOG_EVERY = 100  # steps averaged into one point of a curve
 
 # ---- Data ----
 def load_images():
-    """Return the training images of DATASET: uint8 (N, CHANNELS, size, size)."""
-    try:
-        if DATASET == "mnist":
-            mnist = datasets.MNIST(config.DATA_PATH, download=True)
-        elif DATASET == "cifar10":
-            cifar = datasets.CIFAR10(config.DATA_PATH, download=True)
-        else:
-            sys.exit('DATASET must be "cifar10" or "mnist".')
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        sys.exit(f"No {DATASET}: put its files into DATA_PATH(/MNIST/raw). {error!r}")
+    """Return the images of DATASET: uint8 (N, CHANNELS, size, size)."""
     if DATASET == "mnist":
-        return mnist.data.unsqueeze(1)
-    # contiguous: each colour by itself in memory, as PyTorch's layers expect
-    return torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+        known, files = datasets.MNIST, "MNIST/raw/*.gz"
+    elif DATASET == "cifar10":
+        known, files = datasets.CIFAR10, "cifar-10-python.tar.gz"
+    else:
+        return load_folder()
+    try:
+        data = known(config.DATA_PATH, download=True).data
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        sys.exit(f"Put {files} into {config.DATA_PATH}. {error!r}")
+    images = torch.as_tensor(data).view(*data.shape[:3], CHANNELS)
+    # contiguous: faster in convolutions
+    return images.permute(0, 3, 1, 2).contiguous()
+
+
+def load_folder():
+    """Return the middle squares of pictures in DATASET: uint8 (N, 3, 64, 64)."""
+    images = []
+    for path in filter(Path.is_file, sorted(Path(DATASET).rglob("*"))):
+        try:
+            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        except Exception as error:
+            print(f"Left out {path}: {error!r}")
+            continue
+        images.append(pil_to_tensor(ImageOps.fit(picture, (64, 64))))
+        show_progress(f"{len(images)} pictures")
+    if not images:
+        sys.exit('DATASET must be "cifar10", "mnist" or a folder of pictures.')
+    return torch.stack(images)
 
 
 def normalize(images):
-    """Turn uint8 images into float (N, CHANNELS, 64, 64), -1 to 1 like tanh in G."""
+    """Turn uint8 images into float (N, CHANNELS, 64, 64), -1 to 1."""
     images = nn.functional.interpolate(images.float(), size=64, mode="bilinear")
     return images / 127.5 - 1
 
 
 def to_pixels(images):
-    """Undo normalize, but for the size: float pictures from 0 to 1."""
+    """Undo normalize, not the size: float pictures, 0 to 1."""
     return images / 2 + 0.5
 
 
-# ---- Networks: 4, 2, 1 (kernel, stride, padding) doubles or halves the size ----
+# ---- Networks. 4, 2, 1 are kernel, stride and padding. ----
 class Generator(nn.Sequential):
-    """Turn standard normal noise (N, NOISE_DIM, 1, 1) into images (N, CHANNELS, 64, 64)
-    from -1 to 1. DCGAN's first weights, N(0, 0.02), are not used."""
+    """Turn noise (N, NOISE_DIM, 1, 1) into images (N, CHANNELS, 64, 64), -1 to 1."""
 
     def __init__(self, f=FEATURES):
         super().__init__(
@@ -105,10 +120,10 @@ class Generator(nn.Sequential):
 
 
 class Critic(nn.Sequential):
-    """Turn images (N, CHANNELS, 64, 64) into scores (N, 1, 1, 1), any numbers.
+    """Turn images (N, CHANNELS, 64, 64) into scores (N, 1, 1, 1).
 
-    The penalty looks at the slope in each image alone, so BatchNorm would be wrong: it
-    mixes images. InstanceNorm treats each channel of each image by itself.
+    BatchNorm mixes images, but the penalty looks at the slope in each. InstanceNorm
+    scales each channel of each image by itself.
     """
 
     def __init__(self, f=FEATURES):
@@ -135,14 +150,13 @@ def gradient_penalty(critic, real, fake):
     The best C has slope 1 on the line from a fake to the image that it is moved to.
     Random pairs of real and fake (N, CHANNELS, 64, 64) stand for these.
     """
-    share = torch.rand(len(real), 1, 1, 1, device=real.device)  # one for each pair
+    share = torch.rand(len(real), 1, 1, 1, device=real.device)  # one a pair
     mixed = share * real + (1 - share) * fake
-    mixed.requires_grad_()  # the slope is that in the image, not in the weights
-    # Each score depends on its own image alone, so the sum has the gradient of each.
-    # create_graph: the penalty, made of the gradient, has a gradient in turn.
+    mixed.requires_grad_()  # the slope in the image, not in the weights
+    # Each score depends on one image, so the sum has the gradient of each.
+    # create_graph: the penalty needs a gradient of this one.
     (gradient,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
-    squares = gradient.flatten(1).pow(2).sum(dim=1)  # (N,)
-    slope = (squares + 1e-12).sqrt()  # the root has no finite gradient at 0
+    slope = gradient.flatten(1).norm(dim=1)  # (N,)
     return PENALTY_WEIGHT * (slope - 1).pow(2).mean(), slope.mean()
 
 
@@ -167,15 +181,9 @@ settings["BETAS"] = BETAS
 
 
 def prepare():
-    """Check the settings, make the folders, return the device to train on."""
-    for name in (
-        "EPOCHS",
-        "BATCH_SIZE",
-        "CRITIC_STEPS",
-        "NOISE_DIM",
-        "FEATURES",
-        "LOG_EVERY",
-    ):
+    """Check the settings, seed, make the folders, return the device to train on."""
+    names = ["EPOCHS", "BATCH_SIZE", "CRITIC_STEPS", "NOISE_DIM", "FEATURES"]
+    for name in *names, "LOG_EVERY":
         if not isinstance(settings.get(name), int) or settings[name] < 1:
             sys.exit(f"{name} must be a whole number above 0.")
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -195,10 +203,10 @@ def save_checkpoint(parts, epoch):
     """Save all that a run needs to go on as if never stopped."""
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     checkpoint |= {"epoch": epoch, "settings": settings, "script": script}
-    checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # a seed
+    checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # the next seed
     new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
     torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # whole, even if killed
+    new.replace(CHECKPOINT)  # a kill leaves the old one
 
 
 def load_checkpoint(parts):
@@ -210,7 +218,7 @@ def load_checkpoint(parts):
     try:
         if zipfile.ZipFile(CHECKPOINT).testzip():
             raise ValueError("damaged")
-        # weights_only: plain values, so nothing in the file can run
+        # weights_only: code in the file is never run
         saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
         for name, new in settings.items():
             old = saved["settings"].get(name, new)
@@ -220,7 +228,7 @@ def load_checkpoint(parts):
             if "optimizer" in name:  # its memory, not its rate
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
-    except Exception as error:  # damaged, malicious, other networks
+    except Exception as error:
         sys.exit(f"{advice} {error!r}")
     print(f"Going on after epoch {saved['epoch']} of {CHECKPOINT}.")
     if saved["script"] != script:
@@ -228,11 +236,10 @@ def load_checkpoint(parts):
     return saved["epoch"]
 
 
-def show_progress(epoch, share, start):
-    """Show on a terminal the share of the epoch done and the time left."""
+def show_progress(text):
+    """Show a line on a terminal, in place of the one before."""
     if sys.stdout.isatty():
-        left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
-        print(f"epoch {epoch} {share:4.0%} {left:.1f} min left ", end="\r", flush=True)
+        print(text, end="\r", flush=True)
 
 
 def show(writer, tag, pixels, step, name):
@@ -244,7 +251,7 @@ def show(writer, tag, pixels, step, name):
 @torch.no_grad()
 def draw(generator, noise):
     """Return G's pictures of the noise (N, ...), from 0 to 1."""
-    generator.eval()  # BatchNorm uses averages
+    generator.eval()  # BatchNorm uses running averages
     pixels = to_pixels(generator(noise))
     generator.train()
     return pixels
@@ -299,11 +306,11 @@ if __name__ == "__main__":
                 critic_loss.backward()
                 critic_optimizer.step()
 
-            # Update G: maximise C(G(z)), with new fakes: C knows the ones above.
+            # Update G: maximise C(G(z)), with new fakes: C knows the last.
             noise = torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)
             gen_loss = get_gen_loss(critic(generator(noise)))
             gen_optimizer.zero_grad()
-            gen_loss.backward(inputs=list(generator.parameters()))  # not C's
+            gen_loss.backward(inputs=list(generator.parameters()))  # skips C's
             gen_optimizer.step()
 
             # Of the last critic step:
@@ -311,7 +318,9 @@ if __name__ == "__main__":
             values = [critic_loss, gen_loss, distance, slope, penalty]
             history[step] = torch.stack(values).detach()
             if step % 10 == 0:
-                show_progress(epoch, (step + 1) / steps, start)
+                share = (step + 1) / steps
+                left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
+                show_progress(f"epoch {epoch} {share:4.0%} {left:.1f} min left ")
 
         means = history.mean(dim=0).tolist()
         speed = steps * CRITIC_STEPS * BATCH_SIZE / (time.time() - start)
@@ -330,7 +339,7 @@ if __name__ == "__main__":
         show(writer, "fake", pixels, step, f"epoch_{epoch:04}")
         writer.flush()
         if not (history.isfinite().all() and pixels.isfinite().all()):
-            sys.exit("Not saved: no longer finite. Lower LEARNING_RATE, LOAD = False.")
+            sys.exit("A loss is NaN or inf. Lower LEARNING_RATE and set LOAD = False.")
         save_checkpoint(parts, epoch)
         epochs_done = epoch
 
