@@ -1,18 +1,18 @@
 """DCGAN with Wasserstein loss: colour pictures and a curve of their quality.
 
-A critic C takes the place of D. It gives scores, any numbers, and maximises
+A critic C takes the place of D. It gives unbounded scores and maximises
 
     mean of C(x) over real x  -  mean of C(G(z)) over noise z
 
 with a slope, the norm of its gradient in x, of at most 1. The best value is the
-Wasserstein distance: how far fakes must be moved to be spread like real images. Where a
-sure D is flat, C has a slope for G. WGAN clips C's weights to limit the slope, WGAN-GP
-penalises slopes other than 1.
+Wasserstein distance: how far fakes must be moved to be spread like real images. Where D
+is sure, it is flat and teaches G nothing. C keeps a slope. WGAN limits it by clipping
+C's weights, WGAN-GP by a penalty on slopes other than 1.
 
 Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
         WGAN-GP https://arxiv.org/abs/1704.00028 (algorithm 1)
 Run:    python dcgan_wgan_gp.py, then tensorboard --logdir runs
-Expect: colours after 2 epochs, rough shapes after 5, of 6 to 9 minutes on a CPU
+Expect: colours after 2 epochs, rough shapes after 5, of 6 to 9 minutes each
 """
 
 import signal
@@ -36,12 +36,12 @@ import config
 # ---- Settings: try others in a copy, which keeps its results apart ----
 NAME = Path(__file__).stem  # names all files of a run
 DATASET = "cifar10"  # or "mnist", or a folder of your own pictures
-EPOCHS = 5  # of N / BATCH_SIZE steps of G
+EPOCHS = 5  # of len(images) // BATCH_SIZE steps of G
 BATCH_SIZE = 64  # real images in a critic step, and as many fakes
-CRITIC_STEPS = 5  # before each step of G
+CRITIC_STEPS = 5  # per step of G, which needs a good C
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
-LEARNING_RATE = 5e-5  # Adam's step size; 2e-4 draws shapes earlier
-BETAS = (0.0, 0.9)  # Adam's memory of gradients (none: C changes) and of squares
+LEARNING_RATE = 5e-5  # Adam's step size; try 2e-4
+BETAS = (0.0, 0.9)  # no momentum: old gradients met another opponent
 NOISE_DIM = 100  # channels of the noise
 # Channels at 32x32 pixels, fewer on a CPU
 FEATURES = 64 if config.DEVICE != "cpu" and torch.accelerator.is_available() else 16
@@ -55,7 +55,7 @@ LOG_EVERY = 100  # steps averaged into one point of a curve
 def load_images():
     """Return the images of DATASET: uint8 (N, CHANNELS, size, size)."""
     if DATASET == "mnist":
-        known, files = datasets.MNIST, "MNIST/raw/*.gz"
+        known, files = datasets.MNIST, "only MNIST/raw/*.gz"
     elif DATASET == "cifar10":
         known, files = datasets.CIFAR10, "cifar-10-python.tar.gz"
     else:
@@ -65,7 +65,7 @@ def load_images():
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         sys.exit(f"Put {files} into {config.DATA_PATH}. {error!r}")
     images = torch.as_tensor(data).view(*data.shape[:3], CHANNELS)
-    # contiguous: faster in convolutions
+    # contiguous is faster
     return images.permute(0, 3, 1, 2).contiguous()
 
 
@@ -81,7 +81,7 @@ def load_folder():
         images.append(pil_to_tensor(ImageOps.fit(picture, (64, 64))))
         show_progress(f"{len(images)} pictures")
     if not images:
-        sys.exit('DATASET must be "cifar10", "mnist" or a folder of pictures.')
+        sys.exit('DATASET is not "cifar10", "mnist" or a folder of pictures.')
     return torch.stack(images)
 
 
@@ -122,8 +122,8 @@ class Generator(nn.Sequential):
 class Critic(nn.Sequential):
     """Turn images (N, CHANNELS, 64, 64) into scores (N, 1, 1, 1).
 
-    BatchNorm mixes images, but the penalty looks at the slope in each. InstanceNorm
-    scales each channel of each image by itself.
+    BatchNorm mixes images, but the penalty is on the slope of each. InstanceNorm
+    centres and scales each channel of each image by itself.
     """
 
     def __init__(self, f=FEATURES):
@@ -147,14 +147,14 @@ class Critic(nn.Sequential):
 def gradient_penalty(critic, real, fake):
     """Return PENALTY_WEIGHT times the mean of (slope - 1)^2, and the mean slope.
 
-    The best C has slope 1 on the line from a fake to the image that it is moved to.
-    Random pairs of real and fake (N, CHANNELS, 64, 64) stand for these.
+    Along the best moves from fakes to real images, C has slope 1. Random pairs
+    (N, CHANNELS, 64, 64) stand for these.
     """
-    share = torch.rand(len(real), 1, 1, 1, device=real.device)  # one a pair
+    share = torch.rand(len(real), 1, 1, 1, device=real.device)  # one per pair
     mixed = share * real + (1 - share) * fake
-    mixed.requires_grad_()  # the slope in the image, not in the weights
-    # Each score depends on one image, so the sum has the gradient of each.
-    # create_graph: the penalty needs a gradient of this one.
+    mixed.requires_grad_()  # autograd.grad differentiates by its pixels
+    # Each score depends on its own image only: one gradient of the sum gives all N.
+    # create_graph: backward() differentiates this gradient again.
     (gradient,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
     slope = gradient.flatten(1).norm(dim=1)  # (N,)
     return PENALTY_WEIGHT * (slope - 1).pow(2).mean(), slope.mean()
@@ -225,7 +225,7 @@ def load_checkpoint(parts):
             if old != new and name not in ("NAME", "EPOCHS", "TEST_SEED", "LOG_EVERY"):
                 sys.exit(f"{name} = {new!r}, but it was {old!r}. {advice}")
         for name, part in parts.items():
-            if "optimizer" in name:  # its memory, not its rate
+            if "optimizer" in name:  # rates are the script's
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
     except Exception as error:
@@ -262,8 +262,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped. Run it again to go on."))
     device = prepare()
     images = load_images().to(device)
-    if not 2 <= BATCH_SIZE <= len(images):  # BatchNorm needs two
-        sys.exit(f"BATCH_SIZE must be from 2 to {len(images)}.")
+    if not 2 <= BATCH_SIZE <= len(images):  # for BatchNorm
+        sys.exit(f"{len(images)} images: BATCH_SIZE must be from 2 to that.")
     fixed_noise = torch.randn(64, NOISE_DIM, 1, 1).to(device)  # the same in every epoch
     generator = Generator().to(device)
     critic = Critic().to(device)
@@ -297,7 +297,7 @@ if __name__ == "__main__":
                 real = images[torch.randint(len(images), (BATCH_SIZE,), device=device)]
                 real = normalize(real)  # (N, CHANNELS, 64, 64)
                 noise = torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)
-                fake = generator(noise).detach()
+                fake = generator(noise).detach()  # G's turn is below
                 real_output = critic(real)  # (N, 1, 1, 1)
                 fake_output = critic(fake)
                 penalty, slope = gradient_penalty(critic, real, fake)
@@ -306,7 +306,7 @@ if __name__ == "__main__":
                 critic_loss.backward()
                 critic_optimizer.step()
 
-            # Update G: maximise C(G(z)), with new fakes: C knows the last.
+            # Update G: maximise C(G(z)) of new fakes.
             noise = torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)
             gen_loss = get_gen_loss(critic(generator(noise)))
             gen_optimizer.zero_grad()

@@ -76,12 +76,17 @@ def insert(path, line, before):
     change(path, f"\n{indent}{before}", f"\n{indent}{line}\n{indent}{before}")
 
 
+def start(folder, *command, **environment):
+    """Run a command in a folder and return the finished process."""
+    environment = {**os.environ, **environment}
+    options = {"text": True, "capture_output": True, "timeout": 120}
+    return subprocess.run(command, cwd=folder, env=environment, check=False, **options)
+
+
 def run(script, *flags):
     """Run `python script` from another folder and return the finished process."""
-    command = [sys.executable, "-B", *flags, str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(script.parent / "guard")}
-    options = {"capture_output": True, "text": True, "timeout": 120, "env": environment}
-    return subprocess.run(command, cwd=script.parents[1], check=False, **options)
+    command = sys.executable, "-B", *flags, str(script)
+    return start(script.parents[1], *command, PYTHONPATH=str(script.parent / "guard"))
 
 
 def run_here(script, terminal=False):
@@ -324,6 +329,8 @@ def test_two_epochs_and_two_more_equal_four(name, trained, place):
 def test_killed_in_the_third_epoch_and_started_again(moment, trained):
     script, process = trained(V, moment)
     assert process.returncode != 0 and load(script)["epoch"] == 2
+    shown = curves(script)[1]["images/fake"]  # each epoch is seen at once
+    assert shown[-1] == (15 if moment == MOMENTS[1] else 10)
     shutil.copy(trained(V, None)[0], script)  # without the line that kills it
     time.sleep(1)  # TensorBoard puts runs in order by the second in which they began
     assert "has changed" in finish(script)
@@ -602,18 +609,14 @@ def test_shared_lines_are_identical(name):
     assert len(lines) - len(changed) > (70 if name == W else 120)
 
 
-@each_script
-def test_nothing_depends_on_assert(name):
-    assert not re.search(r"^ *assert ", (HERE / f"{name}.py").read_text(), re.MULTILINE)
-
-
-def test_importing_only_defines(tmp_path):
+def test_importing_only_defines_and_nothing_depends_on_assert(tmp_path):
     files = [*(f"{name}.py" for name in SCRIPTS), "config.py"]
     for file in files:
-        shutil.copy(HERE / file, tmp_path)
-    command = [sys.executable, "-B", "-c", f"import {', '.join(SCRIPTS)}"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
-    assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")
+        text = Path(shutil.copy(HERE / file, tmp_path)).read_text("utf-8")
+        assert not re.search(r"^ *assert ", text, re.MULTILINE)
+    code = f"import {', '.join(SCRIPTS)}"
+    process = start(tmp_path, sys.executable, "-B", "-c", code)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
     assert {path.name for path in tmp_path.iterdir()} == set(files)
 
 
@@ -683,28 +686,27 @@ def test_logits_stay_exact_where_a_sigmoid_loses_the_gradient():
     assert logits.get_gen_loss(sure) == 200 and (sure.grad == -0.25).all()  # mean of 4
 
 
-def test_critic_and_generator_pull_in_opposite_directions():
-    module = importlib.import_module(W)
+def test_black_pixels_reach_the_weights_of_d():
+    discriminator = importlib.import_module(B).Discriminator()
+    discriminator(torch.zeros(2, 784)).sum().backward()
+    assert discriminator[0][0].weight.grad.any()
+
+
+def test_wasserstein_losses_and_gradient_penalty():
+    module, seen = importlib.import_module(W), []
     high, low = torch.full((4, 1, 1, 1), 2.0), torch.full((4, 1, 1, 1), -1.0)
     assert module.get_critic_loss(high, low, 0.5) == -2.5  # real high: good for C
     assert module.get_gen_loss(high) == -2 and module.get_gen_loss(low) == 1
 
-
-@pytest.mark.parametrize("length", [0.0, 0.5, 1.0, 3.0])
-def test_gradient_penalty_of_a_linear_critic(length):
-    module = importlib.import_module(W)
     critic = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 1))
-    weight = critic[1].weight
-    weight.data *= length / weight.data.norm()
-    penalty, slope = module.gradient_penalty(critic, *torch.rand(2, 5, 3, 8, 8))
-    assert penalty.item() == pytest.approx(10 * (length - 1) ** 2, abs=1e-4)
-    assert slope.item() == pytest.approx(length, abs=1e-4)
-    penalty.backward()
-    assert weight.grad.isfinite().all()  # of a length of 0 too
-
-
-def test_gradient_penalty_looks_at_each_image_between_real_and_fake():
-    module, seen = importlib.import_module(W), []
+    weight = critic[1].weight  # its length is the slope everywhere
+    for length in 0.5, 1.0, 3.0, 0.0:
+        weight.data *= length / weight.data.norm()
+        penalty, slope = module.gradient_penalty(critic, *torch.rand(2, 5, 3, 8, 8))
+        assert penalty.item() == pytest.approx(10 * (length - 1) ** 2, abs=1e-4)
+        assert slope.item() == pytest.approx(length, abs=1e-4)
+        penalty.backward()
+        assert weight.grad.isfinite().all()  # of a slope of 0 too
 
     def critic(images):  # its gradient at x is x, so each image has a slope of its own
         seen.append(images.detach())
@@ -748,15 +750,65 @@ def test_networks_keep_to_their_shapes_and_ranges(name):
 
 
 # ---- README ----
+README = (HERE / "README.md").read_text("utf-8")
+
+
+def blocks(language):
+    return re.findall(
+        rf"^ *```{language}\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL
+    )
+
+
 def test_the_readme_links_what_is_there():
-    text = (HERE / "README.md").read_text("utf-8")
-    found = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', text)
-    links = {link for pair in found for link in pair if link}
-    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    links = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    headings = re.findall(r"^#+ (.*)", README, re.MULTILINE)
     anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
     folder = HERE / ".github/images"
     pictures = {path.relative_to(HERE).as_posix() for path in folder.iterdir()}
     assert pictures == {link for link in links if link.startswith(".github/images/")}
-    for link in links - pictures:
+    for link in set(links) - pictures:
         known = link.startswith("https://") or link[1:] in anchors
         assert known or (HERE / link).exists(), link
+
+
+def test_the_readme_says_what_the_scripts_print_and_know(trained):
+    (printed,) = [line for line in blocks("text") if line.startswith("epoch")]
+    line = trained(V, None)[1].stdout.splitlines()[1] + "\n"
+    assert re.sub(r"[\d.,]+", "0", printed) == re.sub(r"[\d.,]+", "0", line)
+    known = "".join(path.read_text("utf-8") for path in HERE.glob("*.py"))
+    settings = re.findall(r"`([A-Z_]{4,})\b", README)
+    assert len(settings) > 20
+    for name in {*settings} - {"NAME"}:
+        assert re.search(rf"^{name} = ", known, re.MULTILINE), name
+
+
+def test_the_commands_of_the_readme(copy_of):
+    folder = copy_of(V).parent
+    shutil.copy(HERE / f"{B}.py", folder)
+    commands = [command for block in blocks("sh") for command in block.split(" && ")]
+    assert {"python vanilla_gan.py\n", "python -m pytest\n"} < {*commands}
+    for command in commands:
+        if command.startswith("tensorboard"):
+            words = "-m", "tensorboard.main", "--inspect", *command.split()[1:]
+            assert "quality/recall" in start(folder, sys.executable, *words).stdout
+        if command.startswith("diff"):
+            assert "BCEWithLogitsLoss" in start(folder, *command.split()).stdout
+    (code,) = [block for block in blocks("python") if "save_image" in block]
+    process = start(folder, sys.executable, "-B", "-c", code)
+    assert process.returncode == 0, process.stderr
+    assert len(list(folder.glob("digit_*.png"))) == 10
+
+
+def test_the_average_generator_of_the_exercise(place):
+    script = place(B, EPOCHS=1)
+    text, end = script.read_text("utf-8"), 0
+    (block,) = blocks("diff")
+    for line in block.splitlines(keepends=True):
+        start = end if line[0] == "+" else text.index(line[1:], end)
+        old = "" if line[0] == "+" else line[1:]
+        new = "" if line[0] == "-" else line[1:]
+        text = text[:start] + new + text[start + len(old) :]
+        end = start + len(new)
+    script.write_text(text, "utf-8")
+    finish(script)
+    assert any("averaged" in name for name in load(script))

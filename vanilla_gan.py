@@ -35,7 +35,7 @@ NAME = Path(__file__).stem  # names all files of a run
 EPOCHS = 50  # passes over the images; raise it to go on
 BATCH_SIZE = 128  # real images in a step, and as many fakes
 LEARNING_RATE = 3e-4  # Adam's step size, for both networks
-BETAS = (0.0, 0.999)  # Adam's memory of gradients (none: D changes) and of squares
+BETAS = (0.0, 0.999)  # no momentum: old gradients met another opponent
 NOISE_DIM = 64  # random numbers that G gets for one image
 # D sees (pixel - mean) / std. With 0.5 and 0.5 that is -1 to 1, the range of tanh in G.
 # MNIST's own 0.1307 and 0.3081 make white 2.82: G cannot reach it.
@@ -53,7 +53,7 @@ def load_images(train):
         mnist = datasets.MNIST(config.DATA_PATH, train=train, download=True)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         sys.exit(
-            f"No MNIST: put its four .gz files into DATA_PATH/MNIST/raw. {error!r}"
+            f"No MNIST: put only its four .gz files into DATA_PATH/MNIST/raw. {error!r}"
         )
     return mnist.data
 
@@ -122,12 +122,13 @@ def get_gen_loss(fake_output):
 
 # ---- Quality ----
 def share_near(images, others, k=5):
-    """Return the share of images (N, ...) that are near one of others (M, ...): nearer
+    """Return the share of images (N, ...) near one of others (M, ...): nearer
     than that one's k-th neighbour among the others. Precision is the share of fakes
     near real images, recall that of real images near fakes.
     After https://arxiv.org/abs/1904.06991, on pixels."""
-    images, others = images.flatten(1), others.flatten(1)  # (N, 784), (M, 784)
-    reach = torch.cdist(others, others).kthvalue(k + 1).values  # 1st: itself
+    images, others = images.flatten(1), others.flatten(1)
+    # k + 1: the nearest is itself
+    reach = torch.cdist(others, others).topk(k + 1, largest=False).values[:, -1]
     is_near = torch.cdist(images, others) <= reach  # (N, M)
     return is_near.any(dim=1).float().mean().item()
 
@@ -186,7 +187,7 @@ def load_checkpoint(parts):
             if old != new and name not in ("NAME", "EPOCHS", "TEST_SEED", "LOG_EVERY"):
                 sys.exit(f"{name} = {new!r}, but it was {old!r}. {advice}")
         for name, part in parts.items():
-            if "optimizer" in name:  # its memory, not its rate
+            if "optimizer" in name:  # rates are the script's
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
     except Exception as error:
@@ -225,8 +226,8 @@ if __name__ == "__main__":
     images = load_images(train=True).to(device)
     if NORMALIZE_STD == 0:
         sys.exit("NORMALIZE_STD must not be 0.")
-    if not 2 <= BATCH_SIZE <= len(images):  # BatchNorm needs two
-        sys.exit(f"BATCH_SIZE must be from 2 to {len(images)}.")
+    if not 2 <= BATCH_SIZE <= len(images):  # for BatchNorm
+        sys.exit(f"{len(images)} images: BATCH_SIZE must be from 2 to that.")
     fixed_noise = torch.randn(1000, NOISE_DIM).to(device)  # the same in every epoch
     generator = Generator().to(device)
     discriminator = Discriminator().to(device)
@@ -272,7 +273,7 @@ if __name__ == "__main__":
             disc_optimizer.step()
 
             # Update G: minimise -log D(G(z)), with the D that has just learned.
-            # Goodfellow et al. draw new fakes. The same ones save time.
+            # Goodfellow draws new fakes. The same ones save time.
             gen_loss = get_gen_loss(discriminator(fake))
             gen_optimizer.zero_grad()
             gen_loss.backward(inputs=list(generator.parameters()))  # skips D's
