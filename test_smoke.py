@@ -773,7 +773,7 @@ def test_the_readme_links_what_is_there():
 
 def test_the_readme_says_what_the_scripts_print_and_know(trained):
     (printed,) = [line for line in blocks("text") if line.startswith("epoch")]
-    line = trained(V, None)[1].stdout.splitlines()[1] + "\n"
+    line = trained(V, None)[1].stdout.splitlines()[2] + "\n"
     assert re.sub(r"[\d.,]+", "0", printed) == re.sub(r"[\d.,]+", "0", line)
     known = "".join(path.read_text("utf-8") for path in HERE.glob("*.py"))
     settings = re.findall(r"`([A-Z_]{4,})\b", README)
