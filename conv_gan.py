@@ -118,9 +118,9 @@ def get_gen_loss(fake_output):
 
 # ---- Quality ----
 def share_near(images, others, k=5):
-    """Return the share of images (N, ...) near one of others (M, ...): nearer
-    than that one's k-th neighbour among the others. Precision is the share of fakes
-    near real images, recall that of real images near fakes.
+    """Return the share of images (N, ...) near one of others (M, ...): nearer than that
+    one's k-th neighbour among the others. Precision is the share of fakes near real
+    images, recall that of real images near fakes.
     After https://arxiv.org/abs/1904.06991, on pixels."""
     images, others = images.flatten(1), others.flatten(1)
     # k + 1: the nearest is itself
