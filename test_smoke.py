@@ -106,9 +106,10 @@ def run_here(script, terminal=False):
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as stop:
             message = stop.code
-    sys.modules.pop("config", None)
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
+        finally:
+            sys.modules.pop("config", None)
+            torch.set_num_threads(threads)
+            signal.signal(signal.SIGINT, handler)
     return message, output.getvalue()
 
 
@@ -213,15 +214,22 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(place):
-    """Return a function that gives a script and its process, trained for 4 epochs or
-    killed in the third, at one of MOMENTS. They run in the background."""
+    """Return a function that gives a script and its process, trained for 4 epochs,
+    killed in the third at one of MOMENTS, run twice at once, or without data. They run
+    in the background."""
     made = {(name, None): place(name) for name in SCRIPTS}
     for moment in MOMENTS:
         made[V, moment] = place(V)
         kill = "if epoch == 3: __import__('os').kill(__import__('os').getpid(), 9)"
         insert(made[V, moment], kill, moment)
+    made[V, "once"] = made[V, "twice"] = place(V)
+    made[V, "-O"] = place(V)
+    shutil.rmtree(made[V, "-O"].parent / "data")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {key: pool.submit(run, script) for key, script in made.items()}
+        runs = {
+            key: pool.submit(run, script, *[flag for flag in key if flag == "-O"])
+            for key, script in made.items()
+        }
         yield lambda *key: (made[key], runs[key].result())
 
 
@@ -352,11 +360,9 @@ def test_a_terminal_sees_a_line_that_updates(place):
     assert len(last) > max(map(len, updates))  # covers them
 
 
-def test_two_runs_at_once_both_end_well(place, trained):
-    script = place(V)
-    with ThreadPoolExecutor(2) as pool:
-        processes = list(pool.map(run, [script, script]))
-    assert [process.returncode for process in processes] == [0, 0], processes
+def test_two_runs_at_once_both_end_well(trained):
+    script, process = trained(V, "once")
+    assert process.returncode == trained(V, "twice")[1].returncode == 0, process
     assert same(weights(load(script)), weights(load(trained(V, None)[0])))
 
 
@@ -500,7 +506,7 @@ def test_an_existing_folder_that_cannot_be_written_is_named(place, monkeypatch):
     assert "checkpoints" in refused(place(V))
 
 
-def test_missing_and_damaged_data_say_what_to_do(place):
+def test_missing_and_damaged_data_say_what_to_do(place, trained):
     script = place(V)
     raw = script.parent / "data/MNIST/raw"
     images = raw / "train-images-idx3-ubyte"
@@ -509,25 +515,26 @@ def test_missing_and_damaged_data_say_what_to_do(place):
     )  # as a kill while unpacking leaves it
     assert "MNIST/raw" in refused(script)
     shutil.rmtree(raw)
-    process = run(script, "-O")
-    assert process.returncode == 1 and len(process.stderr.splitlines()) == 1
-    assert "no network in tests" in process.stderr  # the cause
+    raw.mkdir()
     archive = raw / "train-images-idx3-ubyte.gz"
     archive.write_bytes(b"damaged")
     assert "MNIST/raw" in refused(script) and archive.read_bytes() == b"damaged"
+    process = trained(V, "-O")[1]
+    assert process.returncode == 1 and len(process.stderr.splitlines()) == 1
+    assert "no network in tests" in process.stderr  # the cause
     colours = refused(place(W, DATASET="cifar10"))
     assert "no network" in colours and "cifar-10-python.tar.gz" in colours
 
 
-def test_a_mistake_in_the_code_shows_its_own_line(place):
-    mistakes = {"nn.ReLU()": "nn.Relu()", "mnist.data": "mnist.dat"}
-    scripts = [place(V) for _ in mistakes]
-    for script, (old, new) in zip(scripts, mistakes.items()):
-        change(script, old, new)
-    with ThreadPoolExecutor(2) as pool:
-        for process, new in zip(pool.map(run, scripts), mistakes.values()):
-            *_, line, _, error = process.stderr.splitlines()
-            assert new in line and error.startswith("AttributeError"), process.stderr
+@pytest.mark.parametrize("right", ["nn.ReLU()", "mnist.data"])
+def test_a_mistake_in_the_code_shows_its_own_line(right, place):
+    script = place(V)
+    wrong = {"nn.ReLU()": "nn.Relu()", "mnist.data": "mnist.dat"}[right]
+    change(script, right, wrong)
+    with pytest.raises(AttributeError) as caught:
+        run_here(script)
+    last = caught.traceback[-1]
+    assert last.path == script and wrong in str(last.statement)
 
 
 def test_changed_settings_and_networks_are_refused_by_name(copy_of):
