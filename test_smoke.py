@@ -464,8 +464,7 @@ def test_a_folder_of_pictures(place, monkeypatch):
     monkeypatch.chdir(script.parent)
     message, output = run_here(script, terminal=True)
     assert message is None and "5 pictures\r" in output
-    assert [line for line in output.splitlines() if "Left out own/" in line][1:]
-    assert output.count("Left out") == 2 and "cut" in output and "notes" in output
+    assert output.count("Left out own") == 2 and "cut" in output and "notes" in output
     images = runpy.run_path(str(script))["load_images"]()
     assert images.shape == (5, 3, 64, 64) and images.dtype == torch.uint8
     red, lime, blue = images[0].float().mean(dim=2)
@@ -798,7 +797,7 @@ def test_the_commands_of_the_readme(copy_of):
         if command.startswith("tensorboard"):
             words = "-m", "tensorboard.main", "--inspect", *command.split()[1:]
             assert "quality/recall" in start(folder, sys.executable, *words).stdout
-        if command.startswith("diff"):
+        if command.startswith("diff") and shutil.which("diff"):  # Windows may have none
             assert "BCEWithLogitsLoss" in start(folder, *command.split()).stdout
     (code,) = [block for block in blocks("python") if "save_image" in block]
     process = start(folder, sys.executable, "-B", "-c", code)
