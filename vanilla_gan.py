@@ -10,7 +10,7 @@ If G were perfect, D could only guess: D(x) = 1/2, and both losses are log 2 = 0
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python vanilla_gan.py, then tensorboard --logdir runs
-Expect: digits after 5 epochs, most of them legible after 10; all 50 in 3 minutes
+Expect: digits after 5 epochs, most legible after 10; all 50 in 3 to 5 minutes
 """
 
 import signal
