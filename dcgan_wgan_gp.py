@@ -10,7 +10,7 @@ is sure, it is flat and teaches G nothing. C keeps a slope. WGAN limits it by cl
 C's weights, WGAN-GP by a penalty on slopes other than 1.
 
 Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
-        WGAN-GP https://arxiv.org/abs/1704.00028 (algorithm 1)
+        WGAN-GP https://arxiv.org/abs/1704.00028
 Run:    python dcgan_wgan_gp.py, then tensorboard --logdir runs
 Expect: colours after 2 epochs, rough shapes after 5, of 6 to 9 minutes each
 """
@@ -43,9 +43,9 @@ PENALTY_WEIGHT = 10  # lambda in WGAN-GP
 LEARNING_RATE = 5e-5  # Adam's step size; try 2e-4
 BETAS = (0.0, 0.9)  # no momentum: old gradients met another opponent
 NOISE_DIM = 100  # channels of the noise
-# Channels at 32x32 pixels, fewer on a CPU
+# Channels at 32x32, fewer on a CPU
 FEATURES = 64 if config.DEVICE != "cpu" and torch.accelerator.is_available() else 16
-CHANNELS = 1 if DATASET == "mnist" else 3  # grey, or colour
+CHANNELS = 1 if DATASET == "mnist" else 3
 SEED = config.SEED  # the same seed gives the same run
 TEST_SEED = 1  # another one draws other samples
 LOG_EVERY = 100  # steps averaged into one point of a curve
@@ -74,11 +74,13 @@ def load_folder():
     images = []
     for path in filter(Path.is_file, sorted(Path(DATASET).rglob("*"))):
         try:
-            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
         except Exception as error:
             print(f"Left out {path}: {error!r}")
             continue
-        images.append(pil_to_tensor(ImageOps.fit(picture, (64, 64))))
+        square = Image.new("RGBA", (64, 64), "white")
+        square.alpha_composite(ImageOps.fit(picture, (64, 64)))
+        images.append(pil_to_tensor(square.convert("RGB")))
         show_progress(f"{len(images)} pictures")
     if not images:
         sys.exit('DATASET is not "cifar10", "mnist" or a folder of pictures.')
@@ -92,7 +94,7 @@ def normalize(images):
 
 
 def to_pixels(images):
-    """Undo normalize, not the size: float pictures, 0 to 1."""
+    """Undo normalize, not the size: from 0 to 1."""
     return images / 2 + 0.5
 
 
@@ -123,7 +125,7 @@ class Critic(nn.Sequential):
     """Turn images (N, CHANNELS, 64, 64) into scores (N, 1, 1, 1).
 
     BatchNorm mixes images, but the penalty is on the slope of each. InstanceNorm
-    centres and scales each channel of each image by itself.
+    treats each image by itself.
     """
 
     def __init__(self, f=FEATURES):
@@ -150,9 +152,9 @@ def gradient_penalty(critic, real, fake):
     Along the best moves from fakes to real images, C has slope 1. Random pairs
     (N, CHANNELS, 64, 64) stand for these.
     """
-    share = torch.rand(len(real), 1, 1, 1, device=real.device)  # one per pair
+    share = torch.rand(len(real), 1, 1, 1, device=real.device)
     mixed = share * real + (1 - share) * fake
-    mixed.requires_grad_()  # autograd.grad differentiates by its pixels
+    mixed.requires_grad_()  # autograd.grad differentiates by it
     # Each score depends on its own image only: one gradient of the sum gives all N.
     # create_graph: backward() differentiates this gradient again.
     (gradient,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
@@ -161,7 +163,7 @@ def gradient_penalty(critic, real, fake):
 
 
 def get_critic_loss(real_output, fake_output, penalty):
-    """Return C's loss from its scores (N, 1, 1, 1): it wants those of real higher."""
+    """Return C's loss from its scores (N, 1, 1, 1): it wants real higher."""
     return fake_output.mean() - real_output.mean() + penalty
 
 

@@ -469,6 +469,7 @@ def test_a_folder_of_pictures(place, monkeypatch):
     assert images.shape == (5, 3, 64, 64) and images.dtype == torch.uint8
     red, lime, blue = images[0].float().mean(dim=2)
     assert red[:30].min() > 190 and blue[34:].min() > 190 and lime.max() < 50
+    assert images[1].min() == 255 and not images[2].any()  # transparent is white
     edit(script, BATCH_SIZE=6)
     shutil.rmtree(script.parent / "checkpoints")
     assert "BATCH_SIZE" in refused(script)  # too few pictures
