@@ -315,7 +315,7 @@ if __name__ == "__main__":
             gen_loss.backward(inputs=list(generator.parameters()))  # skips C's
             gen_optimizer.step()
 
-            # Of the last critic step:
+            # Of the last C step:
             distance = real_output.mean() - fake_output.mean()
             values = [critic_loss, gen_loss, distance, slope, penalty]
             history[step] = torch.stack(values).detach()
@@ -364,7 +364,7 @@ if __name__ == "__main__":
         paths = sorted(SAMPLES.glob("epoch_*.png"))[: epochs_done + 1]
         paths = paths[:: 1 + epochs_done // 100] + paths[-1:] * 20  # the last one stays
         if paths:
-            first, *rest = [Image.open(path) for path in paths]
+            first, *rest = [Image.open(path).reduce(2) for path in paths]
             gif = SAMPLES / "epochs.gif"
             first.save(gif, append_images=rest, save_all=True, duration=100, loop=0)
         print(f"Drew pictures in {SAMPLES}.")
