@@ -1,6 +1,6 @@
 """DCGAN with Wasserstein loss: colour pictures and a curve of their quality.
 
-A critic C takes the place of D. It gives unbounded scores and maximises
+A critic C replaces the discriminator D. It gives unbounded scores and maximises
 
     mean of C(x) over real x  -  mean of C(G(z)) over noise z
 
@@ -35,10 +35,10 @@ import config
 
 # ---- Settings: try others in a copy, which keeps its results apart ----
 NAME = Path(__file__).stem  # names all files of a run
-DATASET = "cifar10"  # or "mnist", or a folder of your own pictures
+DATASET = "cifar10"  # or "mnist", or a folder of pictures
 EPOCHS = 5  # of len(images) // BATCH_SIZE steps of G
 BATCH_SIZE = 64  # real images in a critic step, and as many fakes
-CRITIC_STEPS = 5  # per step of G, which needs a good C
+CRITIC_STEPS = 5  # per step of G: it needs a good C
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
 LEARNING_RATE = 5e-5  # Adam's step size; try 2e-4
 BETAS = (0.0, 0.9)  # no momentum: old gradients met another opponent
