@@ -222,10 +222,16 @@ def trained(place):
         made[V, moment] = place(V)
         kill = "if epoch == 3: __import__('os').kill(__import__('os').getpid(), 9)"
         insert(made[V, moment], kill, moment)
-    made[V, "once"] = made[V, "twice"] = place(V)
+    made[V, "once"] = made[V, "twice"] = twice = place(V)
+    # Each waits until the other one has written its checkpoint as well.
+    insert(
+        twice, "open(SAMPLES / f'{epoch} {time.time_ns()}', 'w').close()", MOMENTS[1]
+    )
+    wait = "while len(list(SAMPLES.glob(f'{epoch} *'))) < 2: time.sleep(0.01)"
+    insert(twice, wait, MOMENTS[1])
     made[V, "-O"] = place(V)
     shutil.rmtree(made[V, "-O"].parent / "data")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max(2, os.cpu_count())) as pool:
         runs = {
             key: pool.submit(run, script, *[flag for flag in key if flag == "-O"])
             for key, script in made.items()
