@@ -37,7 +37,7 @@ BETAS = (0.0, 0.999)  # no momentum: old gradients met another opponent
 NOISE_DIM = 64  # random numbers that G gets for one image
 HIDDEN_DIM = 64  # width of the narrowest block
 SEED = config.SEED  # the same seed gives the same run
-TEST_SEED = 1  # another one draws other samples
+TEST_SEED = 1  # any but SEED draws other samples
 LOG_EVERY = 100  # steps averaged into one point of a curve
 
 

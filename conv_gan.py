@@ -8,7 +8,7 @@ As in bce_logits_gan.py, D ends in a logit.
 
 Paper:  DCGAN, Radford et al. 2016, https://arxiv.org/abs/1511.06434 (with other layers)
 Run:    python conv_gan.py, then tensorboard --logdir runs
-Expect: digits after 2 epochs, most of them legible after 5, of 2 minutes each
+Expect: digits after 2 epochs, most of them legible after 5, of 3 minutes each
 """
 
 import signal
@@ -36,7 +36,7 @@ LEARNING_RATE = 1e-4  # Adam's step size, for both networks
 BETAS = (0.5, 0.999)  # less momentum than 0.9, which oscillates (DCGAN)
 NOISE_DIM = 100  # random numbers that G gets for one image
 SEED = config.SEED  # the same seed gives the same run
-TEST_SEED = 1  # another one draws other samples
+TEST_SEED = 1  # any but SEED draws other samples
 LOG_EVERY = 100  # steps averaged into one point of a curve
 
 

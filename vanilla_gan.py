@@ -1,12 +1,13 @@
-"""Vanilla GAN: two networks learn to draw digits by playing against each other.
+"""Vanilla GAN: a network learns to draw digits by playing against another.
 
 The generator G turns random noise z into an image, a fake. The discriminator D sees an
-image x and answers D(x), the probability that x is real. D learns to tell real images
-from fakes, and G learns to fool D:
+image x and answers D(x), its guess at how likely x is real. D learns to tell real
+images from fakes, and G learns to fool D:
 
     min over G, max over D:   mean of log D(x)  +  mean of log(1 - D(G(z)))
 
-If G were perfect, D could only guess: D(x) = 1/2, and both losses are log 2 = 0.69.
+If G were perfect, D could only guess: D(x) = 1/2, and both losses
+below are log 2 = 0.69.
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python vanilla_gan.py, then tensorboard --logdir runs
@@ -42,7 +43,7 @@ NOISE_DIM = 64  # random numbers that G gets for one image
 NORMALIZE_MEAN = 0.5
 NORMALIZE_STD = 0.5
 SEED = config.SEED  # the same seed gives the same run
-TEST_SEED = 1  # another one draws other samples
+TEST_SEED = 1  # any but SEED draws other samples
 LOG_EVERY = 100  # steps averaged into one point of a curve
 
 
@@ -115,7 +116,7 @@ def get_disc_loss(real_output, fake_output):
 def get_gen_loss(fake_output):
     """Return G's loss from D's answers to fakes (N, 1), which G wants to be 1.
 
-    With equation 1's log(1 - D(G(z))), G hardly learns while D is sure of its fakes.
+    With equation 1's log(1 - D(G(z))), G hardly learns while D rejects its fakes.
     """
     return bce(fake_output, torch.ones_like(fake_output))
 
