@@ -1,8 +1,8 @@
-"""Logits GAN: the game of vanilla_gan.py, with a loss that stays exact.
+"""Logits GAN: vanilla_gan.py, with deeper networks and a loss safe from rounding.
 
-There D ends in a sigmoid, and the loss takes its logarithm. In between, float32 rounds
-what D says: sigmoid(17) is 1, sigmoid(-200) is 0. There the sigmoid is flat: G gets no
-gradient. Here D ends in the logit s, and BCEWithLogitsLoss does both in one:
+There D ends in a sigmoid, and the loss takes its logarithm. In between, float32 rounds:
+sigmoid(18) is 1, sigmoid(-200) is 0. A fake at 18 teaches D nothing, one at -200
+teaches G nothing. Here D ends in the logit s, and BCEWithLogitsLoss does both in one:
 
     -log sigmoid(s)  =  log(1 + exp(-s))  =  max(0, -s) + log(1 + exp(-|s|))
 
@@ -59,7 +59,7 @@ def normalize(images):
 
 
 def to_pixels(images):
-    """Turn images (N, 784) into pictures (N, 1, 28, 28), still 0 to 1."""
+    """Turn images (N, 784) into pictures (N, 1, 28, 28), 0 to 1."""
     return images.view(-1, 1, 28, 28)
 
 
@@ -107,12 +107,12 @@ class Discriminator(nn.Sequential):
         )
 
     def forward(self, images):
-        """Return the logits. Weights learn nothing from 0, so black is -1."""
+        """Return the logits. Black goes in as -1: weights learn nothing from 0."""
         return super().forward(2 * images - 1)
 
 
 # ---- Losses ----
-bce = nn.BCEWithLogitsLoss()  # BCELoss of the sigmoid, unrounded
+bce = nn.BCEWithLogitsLoss()  # for target 0, s becomes -s
 
 
 def get_disc_loss(real_output, fake_output):
@@ -123,7 +123,7 @@ def get_disc_loss(real_output, fake_output):
 
 
 def get_gen_loss(fake_output):
-    """Return G's loss from D's logits on fakes (N, 1), which G wants to be > 0."""
+    """Return G's loss from D's logits for fakes (N, 1): G pushes them up."""
     return bce(fake_output, torch.ones_like(fake_output))
 
 

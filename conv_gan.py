@@ -1,14 +1,14 @@
-"""Convolutional GAN: the game of vanilla_gan.py, with networks that see neighbours.
+"""Convolutional GAN: the game of vanilla_gan.py, with networks that see patches.
 
 To a Linear layer, an image is 784 numbers in any order. A convolution looks at patches
 of 5x5 pixels, with the same weights everywhere: a stroke learned in one place is known
-in all. D's strides of two halve the image: 28, 14, 7. In G, a transposed convolution
-paints a patch of 5x5 for each pixel, and strides of two double the image: 7, 14, 28.
-As in bce_logits_gan.py, D ends in a logit.
+in all. Each set of weights makes a channel. D's steps of two (stride 2) halve the
+sides: 28, 14, 7. In G, a transposed convolution paints a 5x5 patch for each pixel and
+adds up overlaps; stride 2 doubles the sides: 7, 14, 28.
 
-Paper:  DCGAN, Radford et al. 2016, https://arxiv.org/abs/1511.06434 (with other layers)
+Paper:  DCGAN, 2016, https://arxiv.org/abs/1511.06434 (BatchNorm in D too, ReLU in G)
 Run:    python conv_gan.py, then tensorboard --logdir runs
-Expect: digits after 2 epochs, most of them legible after 5, of 3 minutes each
+Expect: digits after 2 epochs, most legible after 5; all 100 in 5 hours
 """
 
 import signal
@@ -33,7 +33,7 @@ NAME = Path(__file__).stem  # names all files of a run
 EPOCHS = 100  # passes over the images; raise it to go on
 BATCH_SIZE = 64  # real images in a step, and as many fakes
 LEARNING_RATE = 1e-4  # Adam's step size, for both networks
-BETAS = (0.5, 0.999)  # less momentum than 0.9, which oscillates (DCGAN)
+BETAS = (0.5, 0.999)  # as in DCGAN: Adam's usual 0.9 made it oscillate
 NOISE_DIM = 100  # random numbers that G gets for one image
 SEED = config.SEED  # the same seed gives the same run
 TEST_SEED = 1  # any but SEED draws other samples
@@ -75,7 +75,7 @@ class Generator(nn.Sequential):
             nn.ConvTranspose2d(256, 128, 5, padding=2, bias=False),  # (N, 128, 7, 7)
             nn.BatchNorm2d(128),
             nn.LeakyReLU(0.2),
-            # Stride 2 takes 13 and 14 to 7. With output_padding, 7 becomes 14, not 13.
+            # 7 patches, 2 apart, span 17. padding cuts off 4, output_padding adds 1.
             nn.ConvTranspose2d(128, 64, 5, 2, padding=2, output_padding=1, bias=False),
             nn.BatchNorm2d(64),  # (N, 64, 14, 14)
             nn.LeakyReLU(0.2),
@@ -85,13 +85,13 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """Turn images (N, 1, 28, 28) into logits (N, 1): above 0 for real."""
+    """Turn images (N, 1, 28, 28) into logits (N, 1): D(x) is their sigmoid."""
 
     def __init__(self):
         super().__init__(
             nn.Conv2d(1, 64, 5, stride=2, padding=2),  # (N, 64, 14, 14)
             nn.LeakyReLU(0.2),
-            nn.Dropout(0.3),  # zeroes 30 % of the features: D must not rely on a few
+            nn.Dropout(0.3),  # zeroes a random 30% of values: D can't rely on a few
             nn.Conv2d(64, 128, 5, stride=2, padding=2),  # (N, 128, 7, 7)
             nn.LeakyReLU(0.2),
             nn.Dropout(0.3),
@@ -112,7 +112,7 @@ def get_disc_loss(real_output, fake_output):
 
 
 def get_gen_loss(fake_output):
-    """Return G's loss from D's logits on fakes (N, 1), which G wants to be > 0."""
+    """Return G's loss from D's logits for fakes (N, 1): G pushes them up."""
     return bce(fake_output, torch.ones_like(fake_output))
 
 
