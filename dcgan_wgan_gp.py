@@ -7,13 +7,13 @@ A critic C replaces the discriminator D. It gives unbounded scores and maximises
 with a slope, the norm of its gradient in x, of at most 1. The best value is the
 Wasserstein distance: how far fakes must be moved to be spread like real images. Where D
 is sure, it teaches badly. C keeps a slope. WGAN limits it by clipping C's weights,
-WGAN-GP by a penalty on slopes other than 1.
+WGAN-GP penalises slopes other than 1.
 
 Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
         WGAN-GP https://arxiv.org/abs/1704.00028
 Run:    python dcgan_wgan_gp.py, then tensorboard --logdir runs
-Expect: distance up, then down; colours after 2 epochs of 6 to 9 CPU minutes,
-        shapes at 2e-4
+Expect: distance up, then down; colours after 2 epochs of 6 to 9 CPU minutes;
+        shapes with the tips below
 """
 
 import signal
@@ -39,7 +39,7 @@ NAME = Path(__file__).stem  # names all files of a run
 DATASET = "cifar10"  # or "mnist", or a folder of pictures
 EPOCHS = 5  # of len(images) // BATCH_SIZE steps of G
 BATCH_SIZE = 64  # real images in a critic step, and as many fakes
-CRITIC_STEPS = 5  # per step of G: it needs a good C
+CRITIC_STEPS = 5  # per step of G: it needs a good C; try 2
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
 LEARNING_RATE = 5e-5  # Adam's step size; try 2e-4
 BETAS = (0.0, 0.9)  # no momentum: old gradients met another opponent
@@ -159,7 +159,7 @@ def gradient_penalty(critic, real, fake):
     # A score depends on its own image alone: one gradient of the sum gives all N.
     # create_graph: backward() differentiates this gradient again.
     (gradient,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
-    slope = gradient.flatten(1).norm(dim=1)  # (N,)
+    slope = gradient.flatten(1).norm(dim=1)
     return PENALTY_WEIGHT * (slope - 1).pow(2).mean(), slope.mean()
 
 
