@@ -38,7 +38,7 @@ NOISE_DIM = 64  # random numbers that G gets for one image
 HIDDEN_DIM = 64  # width of the narrowest block
 SEED = config.SEED  # the same seed gives the same run
 TEST_SEED = 1  # any but SEED draws other samples
-LOG_EVERY = 100  # steps averaged into one point of a curve
+LOG_EVERY = 100  # steps averaged per point of a curve
 
 
 # ---- Data ----
@@ -151,12 +151,13 @@ settings["BETAS"] = BETAS
 
 
 def prepare():
-    """Check the settings, seed, make the folders, return the device to train on."""
+    """Check settings, seed, make folders, return the device."""
     for name in "EPOCHS", "BATCH_SIZE", "NOISE_DIM", "HIDDEN_DIM", "LOG_EVERY":
         if not isinstance(settings.get(name), int) or settings[name] < 1:
             sys.exit(f"{name} must be a whole number above 0.")
     found = torch.accelerator.current_accelerator(check_available=True)
     try:
+        torch.manual_seed(TEST_SEED)
         torch.manual_seed(SEED)
         device = torch.zeros(1, device=config.DEVICE or found).device
         Adam([torch.zeros(1)], LEARNING_RATE, BETAS, fused=True)  # refuses bad ones
@@ -164,7 +165,7 @@ def prepare():
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
     except Exception as error:
-        sys.exit(f"Change SEED, LEARNING_RATE, BETAS, DEVICE or a path. {error}")
+        sys.exit(f"Fix SEED, TEST_SEED, LEARNING_RATE, BETAS, DEVICE or path. {error}")
     return device
 
 
@@ -206,7 +207,7 @@ def load_checkpoint(parts):
 
 
 def show_progress(text):
-    """Show a line on a terminal, in place of the one before."""
+    """Show a line on a terminal, over the one before."""
     if sys.stdout.isatty():
         print(text, end="\r", flush=True)
 
@@ -233,7 +234,7 @@ if __name__ == "__main__":
     images = load_images(train=True).to(device)
     if not 2 <= BATCH_SIZE <= len(images):  # for BatchNorm
         sys.exit(f"{len(images)} images: BATCH_SIZE must be from 2 to that.")
-    fixed_noise = torch.randn(1000, NOISE_DIM).to(device)  # the same in every epoch
+    fixed_noise = torch.randn(1000, NOISE_DIM).to(device)  # the same every epoch
     generator = Generator().to(device)
     discriminator = Discriminator().to(device)
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
@@ -323,7 +324,7 @@ if __name__ == "__main__":
         noise = torch.randn(64, NOISE_DIM).to(device)
         samples = draw(generator, noise)
         save_image(samples, SAMPLES / "test.png")
-        # Does G copy? Beside each sample: the real image most like it.
+        # Does G copy? Beside each sample: the image most like it.
         real = (to_pixels(normalize(part)).flatten(1) for part in images.split(1000))
         distances = [torch.cdist(samples.flatten(1), part) for part in real]
         nearest = images[torch.cat(distances, dim=1).argmin(dim=1)]

@@ -413,7 +413,7 @@ def test_a_folder_of_pictures(monkeypatch):
     monkeypatch.chdir(script.parent)
     message, output = run(script, terminal=True)
     assert message is None and "5 pictures\r" in output
-    assert output.count("Left out own") == 2 and "cut" in output and "notes" in output
+    assert output.count("Skipped own") == 2 and "cut" in output and "notes" in output
     images = runpy.run_path(str(script))["load_images"]()
     assert images.shape == (5, 3, 64, 64) and images.dtype == torch.uint8
     red, lime, blue = images[0].float().mean(dim=2)
@@ -429,7 +429,7 @@ def test_a_folder_of_pictures(monkeypatch):
 BAD = {
     V: "BATCH_SIZE=121 BATCH_SIZE=1.5 BATCH_SIZE=1 EPOCHS=0 EPOCHS=2.0 NOISE_DIM=0 "
     "LOG_EVERY=0 LEARNING_RATE='3e-4' LEARNING_RATE=-1.0 BETAS=(0.5,1.5) "
-    "BETAS=(0,0.9) BETAS=0.5 NORMALIZE_STD=0",
+    "BETAS=(0,0.9) BETAS=0.5 NORMALIZE_STD=0 TEST_SEED='x'",
     B: "HIDDEN_DIM=0",
     W: "FEATURES=0 CRITIC_STEPS=0 DATASET='cifar'",
     "config": "TRAIN=False SEED='x' DEVICE='gpu' DEVICE='cuda:99' "
