@@ -14,4 +14,4 @@ ROOT = Path(__file__).parent
 DATA_PATH = ROOT / "data"  # datasets
 CALLBACKS_PATH = ROOT / "checkpoints"  # one checkpoint a script
 TENSORBOARD_PATH = ROOT / "runs"  # curves and pictures: tensorboard --logdir runs
-SAMPLES_PATH = ROOT / "samples"  # pictures as PNG files
+SAMPLES_PATH = ROOT / "samples"  # pictures

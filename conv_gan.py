@@ -6,9 +6,9 @@ in all. Each set of weights makes a channel. D's steps of two (stride 2) halve t
 sides: 28, 14, 7. In G, a transposed convolution paints a 5x5 patch for each pixel and
 adds up overlaps; stride 2 doubles the sides: 7, 14, 28.
 
-Paper:  DCGAN, 2016, https://arxiv.org/abs/1511.06434 (BatchNorm in D too, ReLU in G)
+Paper:  DCGAN, 2016, https://arxiv.org/abs/1511.06434 (its D has BatchNorm, its G ReLU)
 Run:    python conv_gan.py, then tensorboard --logdir runs
-Expect: digits after 2 epochs, most legible after 5; all 100 in 5 hours
+Expect: digits after 2 epochs, good ones after 5; all 100 in 5 hours
 """
 
 import signal
@@ -75,7 +75,7 @@ class Generator(nn.Sequential):
             nn.ConvTranspose2d(256, 128, 5, padding=2, bias=False),  # (N, 128, 7, 7)
             nn.BatchNorm2d(128),
             nn.LeakyReLU(0.2),
-            # 7 patches, 2 apart, span 17. padding cuts off 4, output_padding adds 1.
+            # 7 patches, 2 apart, span 17. padding cuts 2 + 2, output_padding adds 1.
             nn.ConvTranspose2d(128, 64, 5, 2, padding=2, output_padding=1, bias=False),
             nn.BatchNorm2d(64),  # (N, 64, 14, 14)
             nn.LeakyReLU(0.2),
@@ -118,12 +118,12 @@ def get_gen_loss(fake_output):
 
 # ---- Quality ----
 def share_near(images, others, k=5):
-    """Return the share of images (N, ...) near one of others (M, ...): nearer than that
+    """Return the share of images (N, ...) near one of others (M, ...): as near as that
     one's k-th neighbour among the others. Precision is the share of fakes near real
     images, recall that of real images near fakes.
     After https://arxiv.org/abs/1904.06991, on pixels."""
     images, others = images.flatten(1), others.flatten(1)
-    # k + 1: the nearest is itself
+    # k + 1: each is its own nearest
     reach = torch.cdist(others, others).topk(k + 1, largest=False).values[:, -1]
     is_near = torch.cdist(images, others) <= reach  # (N, M)
     return is_near.any(dim=1).float().mean().item()
@@ -146,10 +146,10 @@ def prepare():
             sys.exit(f"{name} must be a whole number above 0.")
     found = torch.accelerator.current_accelerator(check_available=True)
     try:
-        torch.manual_seed(TEST_SEED)
+        torch.manual_seed(10_000 * SEED + TEST_SEED)
         torch.manual_seed(SEED)
         device = torch.zeros(1, device=config.DEVICE or found).device
-        Adam([torch.zeros(1)], LEARNING_RATE, BETAS, fused=True)  # refuses bad ones
+        Adam([torch.zeros(1)], LEARNING_RATE, BETAS, fused=True)  # raises if bad
         for folder in CHECKPOINT.parent, SAMPLES, RUNS:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -209,7 +209,7 @@ def show(writer, tag, pixels, step, name):
 
 @torch.no_grad()
 def draw(generator, noise):
-    """Return G's pictures of the noise (N, ...), from 0 to 1."""
+    """Return G's pictures of the noise (N, ...), 0 to 1."""
     generator.eval()  # BatchNorm uses running averages
     pixels = to_pixels(generator(noise))
     generator.train()
@@ -259,7 +259,7 @@ if __name__ == "__main__":
             fake = generator(noise)  # (N, 1, 28, 28)
 
             # Update D: minimise the mean of -log D(x) and -log(1 - D(G(z))).
-            # detach(): no gradient goes on into G, whose turn comes below.
+            # detach(): no gradient flows into G, whose turn is below.
             real_output = discriminator(real)  # (N, 1)
             fake_output = discriminator(fake.detach())
             disc_loss = get_disc_loss(real_output, fake_output)
@@ -313,7 +313,7 @@ if __name__ == "__main__":
         noise = torch.randn(64, NOISE_DIM).to(device)
         samples = draw(generator, noise)
         save_image(samples, SAMPLES / "test.png")
-        # Does G copy? Beside each sample: the image most like it.
+        # Does G copy? Right of each sample: the nearest image.
         real = (to_pixels(normalize(part)).flatten(1) for part in images.split(1000))
         distances = [torch.cdist(samples.flatten(1), part) for part in real]
         nearest = images[torch.cat(distances, dim=1).argmin(dim=1)]

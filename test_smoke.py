@@ -432,7 +432,7 @@ BAD = {
     "BETAS=(0,0.9) BETAS=0.5 NORMALIZE_STD=0 TEST_SEED='x'",
     B: "HIDDEN_DIM=0",
     W: "FEATURES=0 CRITIC_STEPS=0 DATASET='cifar'",
-    "config": "TRAIN=False SEED='x' DEVICE='gpu' DEVICE='cuda:99' "
+    "config": "TRAIN=False SEED='0' DEVICE='gpu' DEVICE='cuda:99' "
     "CALLBACKS_PATH=__file__ SAMPLES_PATH=__file__ TENSORBOARD_PATH=__file__",
 }
 

@@ -11,7 +11,7 @@ below are log 2 = 0.69.
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python vanilla_gan.py, then tensorboard --logdir runs
-Expect: digits after 5 epochs, most legible after 10; all 50 in 3 to 5 minutes
+Expect: digits after 5 epochs, good ones after 10; all 50 in 3 to 5 minutes
 """
 
 import signal
@@ -36,7 +36,7 @@ NAME = Path(__file__).stem  # names all files of a run
 EPOCHS = 50  # passes over the images; raise it to go on
 BATCH_SIZE = 128  # real images in a step, and as many fakes
 LEARNING_RATE = 3e-4  # Adam's step size, for both networks
-BETAS = (0.0, 0.999)  # no momentum: old gradients met another opponent
+BETAS = (0.0, 0.999)  # no momentum: old gradients suit an old opponent
 NOISE_DIM = 64  # random numbers that G gets for one image
 # D sees (pixel - mean) / std. With 0.5 and 0.5 that is -1 to 1, the range of tanh in G.
 # MNIST's own 0.1307 and 0.3081 make white 2.82: G cannot reach it.
@@ -92,7 +92,7 @@ class Discriminator(nn.Sequential):
     def __init__(self):
         super().__init__(
             nn.Linear(28 * 28, 256),  # (N, 256)
-            nn.LeakyReLU(0.2),  # has a slope below 0 too: G learns through it
+            nn.LeakyReLU(0.2),  # not flat below 0: G learns through it
             nn.Linear(256, 128),  # (N, 128)
             nn.LeakyReLU(0.2),
             nn.Linear(128, 1),  # (N, 1)
@@ -123,12 +123,12 @@ def get_gen_loss(fake_output):
 
 # ---- Quality ----
 def share_near(images, others, k=5):
-    """Return the share of images (N, ...) near one of others (M, ...): nearer than that
+    """Return the share of images (N, ...) near one of others (M, ...): as near as that
     one's k-th neighbour among the others. Precision is the share of fakes near real
     images, recall that of real images near fakes.
     After https://arxiv.org/abs/1904.06991, on pixels."""
     images, others = images.flatten(1), others.flatten(1)
-    # k + 1: the nearest is itself
+    # k + 1: each is its own nearest
     reach = torch.cdist(others, others).topk(k + 1, largest=False).values[:, -1]
     is_near = torch.cdist(images, others) <= reach  # (N, M)
     return is_near.any(dim=1).float().mean().item()
@@ -151,10 +151,10 @@ def prepare():
             sys.exit(f"{name} must be a whole number above 0.")
     found = torch.accelerator.current_accelerator(check_available=True)
     try:
-        torch.manual_seed(TEST_SEED)
+        torch.manual_seed(10_000 * SEED + TEST_SEED)
         torch.manual_seed(SEED)
         device = torch.zeros(1, device=config.DEVICE or found).device
-        Adam([torch.zeros(1)], LEARNING_RATE, BETAS, fused=True)  # refuses bad ones
+        Adam([torch.zeros(1)], LEARNING_RATE, BETAS, fused=True)  # raises if bad
         for folder in CHECKPOINT.parent, SAMPLES, RUNS:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -214,7 +214,7 @@ def show(writer, tag, pixels, step, name):
 
 @torch.no_grad()
 def draw(generator, noise):
-    """Return G's pictures of the noise (N, ...), from 0 to 1."""
+    """Return G's pictures of the noise (N, ...), 0 to 1."""
     generator.eval()  # BatchNorm uses running averages
     pixels = to_pixels(generator(noise))
     generator.train()
@@ -266,7 +266,7 @@ if __name__ == "__main__":
             fake = generator(noise)  # (N, 784)
 
             # Update D: minimise the mean of -log D(x) and -log(1 - D(G(z))).
-            # detach(): no gradient goes on into G, whose turn comes below.
+            # detach(): no gradient flows into G, whose turn is below.
             real_output = discriminator(real)  # (N, 1)
             fake_output = discriminator(fake.detach())
             disc_loss = get_disc_loss(real_output, fake_output)
@@ -320,7 +320,7 @@ if __name__ == "__main__":
         noise = torch.randn(64, NOISE_DIM).to(device)
         samples = draw(generator, noise)
         save_image(samples, SAMPLES / "test.png")
-        # Does G copy? Beside each sample: the image most like it.
+        # Does G copy? Right of each sample: the nearest image.
         real = (to_pixels(normalize(part)).flatten(1) for part in images.split(1000))
         distances = [torch.cdist(samples.flatten(1), part) for part in real]
         nearest = images[torch.cat(distances, dim=1).argmin(dim=1)]

@@ -4,7 +4,7 @@ For each script, several rounds of three measurements in turn, so that a machine
 in a process of its own, as memory that one has claimed makes the next one faster:
 - script:   the script itself, run as a user runs it on a cut of MNIST; the images/s it prints for its second epoch
 - bare:     the same networks, forward and backward passes and optimizer steps, again and again on one fixed batch
-- tutorial: the usual way: DataLoader with ToTensor and Normalize, default Adam, a generator pass for each loss,
+- tutorial: the usual way: DataLoader with ToTensor and Normalize, Adam not fused, a generator pass for each loss,
             a discriminator pass for each half of its batch, nothing frozen, .item() in every step
 Prints the median images/s of each, and the median over the rounds of the ratios. Close other programs first.
 """
