@@ -419,7 +419,8 @@ def test_a_folder_of_pictures(monkeypatch):
     red, lime, blue = images[0].float().mean(dim=2)
     assert red[:30].min() > 190 and blue[34:].min() > 190 and lime.max() < 50
     assert images[1].min() == 255 and not images[2].any()  # transparent is white
-    edit(script, BATCH_SIZE=6)
+    monkeypatch.setenv("HOME", str(script.parent))
+    edit(script, DATASET="~/own", BATCH_SIZE=6)
     assert "5 images: BATCH_SIZE" in refused(script)
     shutil.rmtree(folder)
     assert "DATASET" in refused(script)
