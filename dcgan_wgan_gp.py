@@ -5,14 +5,14 @@ A critic C replaces the discriminator D. It gives unbounded scores and maximises
     mean of C(x) over real x  -  mean of C(G(z)) over noise z
 
 with a slope, the norm of its gradient in x, of at most 1. The best value is the
-Wasserstein distance: how far fakes must be moved to be spread like real images. Where D
-is sure, it teaches badly. C keeps a slope. WGAN limits it by clipping C's weights,
-WGAN-GP penalises slopes other than 1.
+Wasserstein distance: how far fakes must move to be spread like real images. A sure D
+teaches badly. C keeps a slope. WGAN limits it by clipping C's weights, WGAN-GP
+penalises slopes other than 1.
 
 Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
         WGAN-GP https://arxiv.org/abs/1704.00028
 Run:    python dcgan_wgan_gp.py, then tensorboard --logdir runs
-Expect: distance up, then down; colours after 2 epochs, each 6 to 9 CPU minutes;
+Expect: distance up, then down; colours after 2 epochs, each 6 to 9 minutes;
         shapes with the tips below
 """
 
@@ -81,7 +81,8 @@ def load_folder():
         square = Image.new("RGBA", (64, 64), "white")
         square.alpha_composite(ImageOps.fit(picture, (64, 64)))
         images.append(pil_to_tensor(square.convert("RGB")))
-        show_progress(f"{len(images)} pictures")
+        if sys.stdout.isatty():
+            print(f"{len(images)} pictures", end="\r", flush=True)
     if not images:
         sys.exit('DATASET is not "cifar10", "mnist" or a folder of pictures.')
     return torch.stack(images)
@@ -104,13 +105,13 @@ class Generator(nn.Sequential):
 
     def __init__(self, f=FEATURES):
         super().__init__(
-            nn.ConvTranspose2d(NOISE_DIM, f * 8, 4, bias=False),  # (N, f * 8, 4, 4)
+            nn.ConvTranspose2d(NOISE_DIM, f * 8, 4, bias=False),  # (N, 8f, 4, 4)
             nn.BatchNorm2d(f * 8),
             nn.ReLU(),
-            nn.ConvTranspose2d(f * 8, f * 4, 4, 2, 1, bias=False),  # (N, f * 4, 8, 8)
+            nn.ConvTranspose2d(f * 8, f * 4, 4, 2, 1, bias=False),  # (N, 4f, 8, 8)
             nn.BatchNorm2d(f * 4),
             nn.ReLU(),
-            nn.ConvTranspose2d(f * 4, f * 2, 4, 2, 1, bias=False),  # (N, f * 2, 16, 16)
+            nn.ConvTranspose2d(f * 4, f * 2, 4, 2, 1, bias=False),  # (N, 2f, 16, 16)
             nn.BatchNorm2d(f * 2),
             nn.ReLU(),
             nn.ConvTranspose2d(f * 2, f, 4, 2, 1, bias=False),  # (N, f, 32, 32)
@@ -132,13 +133,13 @@ class Critic(nn.Sequential):
         super().__init__(
             nn.Conv2d(CHANNELS, f, 4, 2, 1),  # (N, f, 32, 32)
             nn.LeakyReLU(0.2),
-            nn.Conv2d(f, f * 2, 4, 2, 1, bias=False),  # (N, f * 2, 16, 16)
+            nn.Conv2d(f, f * 2, 4, 2, 1, bias=False),  # (N, 2f, 16, 16)
             nn.InstanceNorm2d(f * 2, affine=True),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(f * 2, f * 4, 4, 2, 1, bias=False),  # (N, f * 4, 8, 8)
+            nn.Conv2d(f * 2, f * 4, 4, 2, 1, bias=False),  # (N, 4f, 8, 8)
             nn.InstanceNorm2d(f * 4, affine=True),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(f * 4, f * 8, 4, 2, 1, bias=False),  # (N, f * 8, 4, 4)
+            nn.Conv2d(f * 4, f * 8, 4, 2, 1, bias=False),  # (N, 8f, 4, 4)
             nn.InstanceNorm2d(f * 8, affine=True),
             nn.LeakyReLU(0.2),
             nn.Conv2d(f * 8, 1, 4),  # (N, 1, 1, 1)
@@ -154,9 +155,9 @@ def gradient_penalty(critic, real, fake):
     """
     share = torch.rand(len(real), 1, 1, 1, device=real.device)
     mixed = share * real + (1 - share) * fake
-    mixed.requires_grad_()  # to get its gradient
+    mixed.requires_grad_()  # for its gradient
     # A score depends on its own image alone: one gradient of the sum gives all N.
-    # create_graph: backward() differentiates this gradient again.
+    # create_graph: backward() differentiates it again.
     (gradient,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
     slope = gradient.flatten(1).norm(dim=1)
     return PENALTY_WEIGHT * (slope - 1).pow(2).mean(), slope.mean()
@@ -177,15 +178,15 @@ CHECKPOINT = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
 SAMPLES = Path(config.SAMPLES_PATH, NAME)
 RUNS = Path(config.TENSORBOARD_PATH, NAME)
 script = Path(__file__).read_text(encoding="utf-8")
-plain = int, float, str
-settings = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, plain)}
+plain = int, float, str, bool
+settings = {k: v for k, v in globals().items() if k.isupper() and type(v) in plain}
 settings["BETAS"] = BETAS
 
 
 def prepare():
-    """Check settings, seed, make folders, return the device."""
-    names = ["EPOCHS", "BATCH_SIZE", "CRITIC_STEPS", "NOISE_DIM", "FEATURES"]
-    for name in *names, "LOG_EVERY":
+    """Check settings, make folders, return the device."""
+    counts = "EPOCHS BATCH_SIZE CRITIC_STEPS NOISE_DIM FEATURES LOG_EVERY"
+    for name in counts.split():
         if not isinstance(settings.get(name), int) or settings[name] < 1:
             sys.exit(f"{name} must be a whole number above 0.")
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -203,10 +204,10 @@ def prepare():
 
 
 def save_checkpoint(parts, epoch):
-    """Save all that a run needs to go on as if never stopped."""
+    """Save what a run needs to go on exactly."""
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     checkpoint |= {"epoch": epoch, "settings": settings, "script": script}
-    checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # the next seed
+    checkpoint["random_state"] = torch.initial_seed()
     new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
     torch.save(checkpoint, new)
     new.replace(CHECKPOINT)  # a kill leaves the old one
@@ -221,7 +222,7 @@ def load_checkpoint(parts):
     try:
         if zipfile.ZipFile(CHECKPOINT).testzip():
             raise ValueError("damaged")
-        # weights_only: code in the file is never run
+        # weights_only: never runs code in the file
         saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
         for name, new in settings.items():
             old = saved["settings"].get(name, new)
@@ -231,23 +232,19 @@ def load_checkpoint(parts):
             if "optimizer" in name:  # rates are the script's
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
+            for w, state in getattr(part, "state", {}).items():
+                torch.stack([w, *(v for v in state.values() if v.ndim)])  # must fit
+        print(f"Going on after epoch {saved['epoch']} of {CHECKPOINT}.")
+        if saved["script"] != script:
+            print(f"{NAME}.py has changed since then.")
+        return int(saved["epoch"])
     except Exception as error:
         sys.exit(f"{advice} {error!r}")
-    print(f"Going on after epoch {saved['epoch']} of {CHECKPOINT}.")
-    if saved["script"] != script:
-        print(f"{NAME}.py has changed since then.")
-    return saved["epoch"]
-
-
-def show_progress(text):
-    """Show a line on a terminal, over the one before."""
-    if sys.stdout.isatty():
-        print(text, end="\r", flush=True)
 
 
 def show(writer, tag, pixels, step, name):
     """Show the first 64 pictures in TensorBoard and a PNG file."""
-    writer.add_images(f"images/{tag}", pixels[:64], step)
+    writer.add_images(f"images/{tag}", pixels[:64].nan_to_num(), step)
     save_image(pixels[:64], SAMPLES / f"{name}.png")
 
 
@@ -265,7 +262,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped. Run it again to go on."))
     device = prepare()
     images = load_images().to(device)
-    if not 2 <= BATCH_SIZE <= len(images):  # for BatchNorm
+    if not 2 <= BATCH_SIZE <= len(images):
         sys.exit(f"{len(images)} images: BATCH_SIZE must be from 2 to that.")
     fixed_noise = torch.randn(64, NOISE_DIM, 1, 1).to(device)  # the same every epoch
     generator = Generator().to(device)
@@ -284,7 +281,7 @@ if __name__ == "__main__":
     if not epochs and not epochs_done:
         sys.exit("No checkpoint to draw from: set TRAIN or LOAD = True.")
     if epochs:
-        print(f"Training to epoch {EPOCHS} on {device}. See {SAMPLES} and {RUNS}.")
+        print(f"Training to epoch {EPOCHS} on {device}: {SAMPLES}, {RUNS}", flush=True)
         writer = SummaryWriter(RUNS, purge_step=epochs_done * steps + (epochs_done > 0))
         writer.add_text("settings", str(settings), epochs_done * steps)
         if epochs_done == 0:
@@ -301,7 +298,7 @@ if __name__ == "__main__":
                 real = normalize(real)
                 noise = torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)
                 fake = generator(noise).detach()  # G's turn is below
-                real_output = critic(real)  # (N, 1, 1, 1)
+                real_output = critic(real)
                 fake_output = critic(fake)
                 penalty, slope = gradient_penalty(critic, real, fake)
                 critic_loss = get_critic_loss(real_output, fake_output, penalty)
@@ -309,7 +306,7 @@ if __name__ == "__main__":
                 critic_loss.backward()
                 critic_optimizer.step()
 
-            # Update G: maximise C(G(z)) of new fakes.
+            # Update G: maximise C(G(z)).
             noise = torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)
             gen_loss = get_gen_loss(critic(generator(noise)))
             gen_optimizer.zero_grad()
@@ -320,10 +317,11 @@ if __name__ == "__main__":
             distance = real_output.mean() - fake_output.mean()
             values = [critic_loss, gen_loss, distance, slope, penalty]
             history[step] = torch.stack(values).detach()
-            if step % 10 == 0:
+            if step % 10 == 0 and sys.stdout.isatty():
                 share = (step + 1) / steps
                 left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
-                show_progress(f"epoch {epoch} {share:4.0%} {left:.1f} min left ")
+                text = f"epoch {epoch} {share:4.0%} {left:.1f} min left "
+                print(text, end="\r", flush=True)
 
         means = history.mean(dim=0).tolist()
         speed = steps * CRITIC_STEPS * BATCH_SIZE / (time.time() - start)

@@ -491,14 +491,18 @@ def test_checkpoints_that_are_bad_or_of_another_run_are_refused(trained):
     altered = good[:middle] + b"altered" + good[middle + 7 :]
     touch = {"__reduce__": lambda _: (Path.touch, (script.parent / "executed",))}
     evil = {**load(script), "epoch": type("Malicious", (), touch)()}
+    unfit, no_epoch = load(script), load(script)
+    unfit["disc_optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    del no_epoch["epoch"]
     # What is no checkpoint at all is written as it is.
-    for bad in good[:middle], b"", b"no zip", altered, evil, {"w": torch.zeros(3)}:
+    for bad in good[:middle], b"", b"no zip", altered, evil, unfit, no_epoch:
         torch.save(bad, path)
         if isinstance(bad, bytes):
             path.write_bytes(bad)
         assert path.name in refused(script)
 
 
+@pytest.mark.filterwarnings("error")  # no line but that of the script
 @pytest.mark.parametrize("name", [V, W])
 def test_a_diverging_run_is_seen_and_not_saved(name, trained):
     script = copy(trained(name)[0])

@@ -53,9 +53,7 @@ def load_images(train):
     try:
         mnist = datasets.MNIST(config.DATA_PATH, train=train, download=True)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        sys.exit(
-            f"No MNIST: put only its four .gz files into DATA_PATH/MNIST/raw. {error!r}"
-        )
+        sys.exit(f"No MNIST: put only its .gz files in DATA_PATH/MNIST/raw. {error!r}")
     return mnist.data
 
 
@@ -124,7 +122,7 @@ def get_gen_loss(fake_output):
 # ---- Quality ----
 def share_near(images, others, k=5):
     """Return the share of images (N, ...) near one of others (M, ...): as near as that
-    one's k-th neighbour among the others. Precision is the share of fakes near real
+    one's k-th neighbour among them. Precision is the share of fakes near real
     images, recall that of real images near fakes.
     After https://arxiv.org/abs/1904.06991, on pixels."""
     images, others = images.flatten(1), others.flatten(1)
@@ -139,13 +137,13 @@ CHECKPOINT = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
 SAMPLES = Path(config.SAMPLES_PATH, NAME)
 RUNS = Path(config.TENSORBOARD_PATH, NAME)
 script = Path(__file__).read_text(encoding="utf-8")
-plain = int, float, str
-settings = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, plain)}
+plain = int, float, str, bool
+settings = {k: v for k, v in globals().items() if k.isupper() and type(v) in plain}
 settings["BETAS"] = BETAS
 
 
 def prepare():
-    """Check settings, seed, make folders, return the device."""
+    """Check settings, make folders, return the device."""
     for name in "EPOCHS", "BATCH_SIZE", "NOISE_DIM", "LOG_EVERY":
         if not isinstance(settings.get(name), int) or settings[name] < 1:
             sys.exit(f"{name} must be a whole number above 0.")
@@ -164,10 +162,10 @@ def prepare():
 
 
 def save_checkpoint(parts, epoch):
-    """Save all that a run needs to go on as if never stopped."""
+    """Save what a run needs to go on exactly."""
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     checkpoint |= {"epoch": epoch, "settings": settings, "script": script}
-    checkpoint["random_state"] = 10_000 * SEED + epoch + 1  # the next seed
+    checkpoint["random_state"] = torch.initial_seed()
     new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
     torch.save(checkpoint, new)
     new.replace(CHECKPOINT)  # a kill leaves the old one
@@ -182,7 +180,7 @@ def load_checkpoint(parts):
     try:
         if zipfile.ZipFile(CHECKPOINT).testzip():
             raise ValueError("damaged")
-        # weights_only: code in the file is never run
+        # weights_only: never runs code in the file
         saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
         for name, new in settings.items():
             old = saved["settings"].get(name, new)
@@ -192,23 +190,19 @@ def load_checkpoint(parts):
             if "optimizer" in name:  # rates are the script's
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
+            for w, state in getattr(part, "state", {}).items():
+                torch.stack([w, *(v for v in state.values() if v.ndim)])  # must fit
+        print(f"Going on after epoch {saved['epoch']} of {CHECKPOINT}.")
+        if saved["script"] != script:
+            print(f"{NAME}.py has changed since then.")
+        return int(saved["epoch"])
     except Exception as error:
         sys.exit(f"{advice} {error!r}")
-    print(f"Going on after epoch {saved['epoch']} of {CHECKPOINT}.")
-    if saved["script"] != script:
-        print(f"{NAME}.py has changed since then.")
-    return saved["epoch"]
-
-
-def show_progress(text):
-    """Show a line on a terminal, over the one before."""
-    if sys.stdout.isatty():
-        print(text, end="\r", flush=True)
 
 
 def show(writer, tag, pixels, step, name):
     """Show the first 64 pictures in TensorBoard and a PNG file."""
-    writer.add_images(f"images/{tag}", pixels[:64], step)
+    writer.add_images(f"images/{tag}", pixels[:64].nan_to_num(), step)
     save_image(pixels[:64], SAMPLES / f"{name}.png")
 
 
@@ -228,7 +222,7 @@ if __name__ == "__main__":
     images = load_images(train=True).to(device)
     if NORMALIZE_STD == 0:
         sys.exit("NORMALIZE_STD must not be 0.")
-    if not 2 <= BATCH_SIZE <= len(images):  # for BatchNorm
+    if not 2 <= BATCH_SIZE <= len(images):
         sys.exit(f"{len(images)} images: BATCH_SIZE must be from 2 to that.")
     fixed_noise = torch.randn(1000, NOISE_DIM).to(device)  # the same every epoch
     generator = Generator().to(device)
@@ -246,7 +240,7 @@ if __name__ == "__main__":
     if not epochs and not epochs_done:
         sys.exit("No checkpoint to draw from: set TRAIN or LOAD = True.")
     if epochs:
-        print(f"Training to epoch {EPOCHS} on {device}. See {SAMPLES} and {RUNS}.")
+        print(f"Training to epoch {EPOCHS} on {device}: {SAMPLES}, {RUNS}", flush=True)
         held_out = to_pixels(normalize(load_images(train=False)[::10].to(device)))
         real_pixels = to_pixels(normalize(images[:: 1 + len(images) // 1000]))
         goal = share_near(real_pixels, held_out), share_near(held_out, real_pixels)
@@ -283,10 +277,11 @@ if __name__ == "__main__":
 
             answers = [real_output.mean(), fake_output.mean()]
             history[step] = torch.stack([disc_loss, gen_loss, *answers]).detach()
-            if step % 10 == 0:
+            if step % 10 == 0 and sys.stdout.isatty():
                 share = (step + 1) / steps
                 left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
-                show_progress(f"epoch {epoch} {share:4.0%} {left:.1f} min left ")
+                text = f"epoch {epoch} {share:4.0%} {left:.1f} min left "
+                print(text, end="\r", flush=True)
 
         means = history.mean(dim=0).tolist()
         speed = steps * BATCH_SIZE / (time.time() - start)
