@@ -158,7 +158,7 @@ def prepare():
         torch.manual_seed(10_000 * SEED + TEST_SEED)
         torch.manual_seed(SEED)
         device = torch.zeros(1, device=config.DEVICE or found).device
-        Adam([torch.zeros(1)], LEARNING_RATE, BETAS, fused=True)  # raises if bad
+        Adam([torch.zeros(1)], settings["LEARNING_RATE"], BETAS, fused=True)  # valid?
         for folder in CHECKPOINT.parent, SAMPLES, RUNS:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -174,7 +174,7 @@ def save_checkpoint(parts, epoch):
     checkpoint["random_state"] = torch.initial_seed()
     new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
     torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # a kill leaves the old one
+    new.replace(CHECKPOINT)  # safe from a kill
 
 
 def load_checkpoint(parts):

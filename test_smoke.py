@@ -430,7 +430,8 @@ def test_a_folder_of_pictures(monkeypatch):
 BAD = {
     V: "BATCH_SIZE=121 BATCH_SIZE=1.5 BATCH_SIZE=1 EPOCHS=0 EPOCHS=2.0 NOISE_DIM=0 "
     "LOG_EVERY=0 LEARNING_RATE='3e-4' LEARNING_RATE=-1.0 BETAS=(0.5,1.5) "
-    "BETAS=(0,0.9) BETAS=0.5 NORMALIZE_STD=0 TEST_SEED='x'",
+    "BETAS=(0,0.9) BETAS=0.5 NORMALIZE_STD=0 TEST_SEED='x' "
+    "LEARNING_RATE=torch.ones(1).numpy()[0]",  # no checkpoint could be loaded
     B: "HIDDEN_DIM=0",
     W: "FEATURES=0 CRITIC_STEPS=0 DATASET='cifar'",
     "config": "TRAIN=False SEED='0' DEVICE='gpu' DEVICE='cuda:99' "
