@@ -149,7 +149,7 @@ settings["BETAS"] = BETAS
 
 
 def prepare():
-    """Check settings, make folders, return the device."""
+    """Check settings, seed, make folders, return the device."""
     for name in "EPOCHS", "BATCH_SIZE", "NOISE_DIM", "HIDDEN_DIM", "LOG_EVERY":
         if not isinstance(settings.get(name), int) or settings[name] < 1:
             sys.exit(f"{name} must be a whole number above 0.")
@@ -238,7 +238,7 @@ if __name__ == "__main__":
     epochs_done = load_checkpoint(parts)
 
     # ---- Train ----
-    steps = len(images) // BATCH_SIZE  # a last, smaller batch is left out
+    steps = len(images) // BATCH_SIZE  # a smaller last batch is left out
     tags = ["loss/discriminator", "loss/generator", "prob/real", "prob/fake"]
     epochs = range(epochs_done + 1, EPOCHS + 1) if config.TRAIN else []
     if not epochs and not epochs_done:

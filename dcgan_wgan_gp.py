@@ -184,7 +184,7 @@ settings["BETAS"] = BETAS
 
 
 def prepare():
-    """Check settings, make folders, return the device."""
+    """Check settings, seed, make folders, return the device."""
     counts = "EPOCHS BATCH_SIZE CRITIC_STEPS NOISE_DIM FEATURES LOG_EVERY"
     for name in counts.split():
         if not isinstance(settings.get(name), int) or settings[name] < 1:
