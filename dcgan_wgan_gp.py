@@ -1,26 +1,31 @@
-"""DCGAN with Wasserstein loss: colour pictures and a curve of their quality.
+"""DCGAN with Wasserstein loss and gradient penalty: pictures in colour.
 
-A critic C replaces the discriminator D. It gives unbounded scores and maximises
+A critic C takes the place of the discriminator D. Its output is a score, which may be
+any number. C learns to score real images higher than fakes, and G to raise the score of
+its fakes:
 
-    mean of C(x) over real x  -  mean of C(G(z)) over noise z
+    min over G, max over C:   mean of C(x)  -  mean of C(G(z))
 
-with a slope, the norm of its gradient in x, of at most 1. The best value is the
-Wasserstein distance: how far fakes must move to be spread like real images. A sure D
-teaches badly. C keeps a slope. WGAN limits it by clipping C's weights, WGAN-GP
-penalises slopes other than 1.
+C's slope, the norm of its gradient with respect to an image, must not exceed 1, or C
+could raise the difference at will. Under this limit, the best difference is the
+Wasserstein distance: how far the fakes would have to move to be distributed like the
+real images. Even where a D would be sure that all fakes are fake, the distance says how
+far off they are, and the gradient of C shows G the way. WGAN limits the slope by
+clipping C's weights, WGAN-GP by a penalty on slopes other than 1.
+
+The difference that C reaches is only an estimate of the distance. Compare it within a
+run, or between runs with the same settings.
 
 Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
         WGAN-GP https://arxiv.org/abs/1704.00028
-Run:    python dcgan_wgan_gp.py, then tensorboard --logdir runs
-Expect: distance up, then down; colours after 2 epochs, each 6 to 9 minutes;
-        shapes with the tips below
+Run:    python dcgan_wgan_gp.py, and beside it tensorboard --logdir runs
+Draw:   the same with TEST = True in config.py
+Expect: the estimate rises, then falls; colours after 2 epochs
 """
 
-import signal
+import glob
 import sys
-import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import torch
@@ -29,82 +34,86 @@ from torch import nn
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets
+from torchvision.datasets.folder import is_image_file
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
 import config
 
-# ---- Settings: try others in a copy, which keeps its results apart ----
-NAME = Path(__file__).stem  # names all files of a run
+# ---- Settings: try other values in a copy of this file ----
+NAME = Path(__file__).stem  # names all results, so that a copy starts from scratch
 DATASET = "cifar10"  # or "mnist", or a folder of pictures
-EPOCHS = 5  # of len(images) // BATCH_SIZE G steps
+EPOCHS = 5  # one is len(images) // BATCH_SIZE steps of G; raise it to train longer
 BATCH_SIZE = 64  # real images in a critic step, and as many fakes
-CRITIC_STEPS = 5  # per step of G; 1 draws sooner, measures worse
+CRITIC_STEPS = 5  # for each step of G, so that C stays near its best
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
-LEARNING_RATE = 5e-5  # Adam's step size; try 2e-4
-BETAS = (0.0, 0.9)  # no momentum: old gradients suit an old opponent
-NOISE_DIM = 100  # channels of the noise
-# Channels at 32x32, fewer on a CPU
-FEATURES = 64 if config.DEVICE != "cpu" and torch.accelerator.is_available() else 16
-CHANNELS = 1 if DATASET == "mnist" else 3
-SEED = config.SEED  # the same seed gives the same run
-TEST_SEED = 1  # any but SEED draws other samples
-LOG_EVERY = 100  # steps averaged per point of a curve
+LEARNING_RATE = 5e-5  # Adam's step size, for both networks
+# How much Adam remembers of past gradients, and of their squares. The first is 0.0, as
+# past gradients were computed against an opponent that has changed since.
+BETAS = (0.0, 0.9)
+NOISE_DIM = 100  # random numbers from which G makes one image
+FEATURES = 16  # channels at 32x32, more at smaller sizes; on a GPU try 64
+CHANNELS = 1 if DATASET == "mnist" else 3  # of an image: 1 is grey, 3 is colour
+TEST_SEED = 1  # another seed draws other samples
+LOG_EVERY = 20  # steps of G between two points of a curve
 
 
 # ---- Data ----
 def load_images():
-    """Return the images of DATASET: uint8 (N, CHANNELS, size, size)."""
-    if DATASET == "mnist":
-        known, files = datasets.MNIST, "only MNIST/raw/*.gz"
-    elif DATASET == "cifar10":
-        known, files = datasets.CIFAR10, "cifar-10-python.tar.gz"
-    else:
-        return load_folder()
+    """Return the training images of DATASET: uint8 (N, CHANNELS, height, width)."""
     try:
-        data = known(config.DATA_PATH, download=True).data
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        sys.exit(f"Put {files} into {config.DATA_PATH}. {error!r}")
-    images = torch.as_tensor(data).view(*data.shape[:3], CHANNELS)
-    return images.permute(0, 3, 1, 2).contiguous()  # faster
+        if DATASET == "mnist":
+            return datasets.MNIST(config.DATA_PATH, download=True).data.unsqueeze(1)
+        if DATASET == "cifar10":
+            data = datasets.CIFAR10(config.DATA_PATH, download=True).data
+            return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()
+    except (OSError, RuntimeError) as error:
+        file = "MNIST/raw/*.gz" if DATASET == "mnist" else "cifar-10-python.tar.gz"
+        sys.exit(f"{error}\nPut an undamaged {file} into {config.DATA_PATH}.")
+    return load_folder()
 
 
 def load_folder():
-    """Return the middle squares of pictures in DATASET: uint8 (N, 3, 64, 64)."""
+    """Return the pictures in the folder DATASET and below, except hidden ones:
+    uint8 (N, CHANNELS, 64, 64), the middle square of each."""
+    folder = config.ROOT / Path(DATASET).expanduser()
     images = []
-    for path in filter(Path.is_file, sorted(Path(DATASET).expanduser().rglob("*"))):
-        try:
-            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-        except Exception as error:
-            print(f"Skipped {path}: {error!r}")
-            continue
-        square = Image.new("RGBA", (64, 64), "white")
-        square.alpha_composite(ImageOps.fit(picture, (64, 64)))
-        images.append(pil_to_tensor(square.convert("RGB")))
-        if sys.stdout.isatty():
-            print(f"{len(images)} pictures", end="\r", flush=True)
-    if not images:
-        sys.exit('DATASET is not "cifar10", "mnist" or a folder of pictures.')
+    for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True)):
+        if is_image_file(name):
+            picture = ImageOps.exif_transpose(Image.open(folder / name))  # upright
+            picture = ImageOps.fit(picture.convert("RGBA"), (64, 64))
+            white = Image.new("RGBA", (64, 64), "white")  # behind transparent parts
+            picture = Image.alpha_composite(white, picture)
+            picture = picture.convert("L" if CHANNELS == 1 else "RGB")
+            images.append(pil_to_tensor(picture))
+    print(f"Found {len(images)} pictures in {folder}")
+    if len(images) < BATCH_SIZE:
+        sys.exit("Too few for a batch: change DATASET, or lower BATCH_SIZE.")
     return torch.stack(images)
 
 
 def normalize(images):
-    """Turn uint8 images into float (N, CHANNELS, 64, 64), -1 to 1."""
+    """Turn uint8 images of any size into float (N, CHANNELS, 64, 64), -1 to 1."""
     images = nn.functional.interpolate(images.float(), size=64, mode="bilinear")
     return images / 127.5 - 1
 
 
 def to_pixels(images):
-    """Undo normalize, not the size: 0 to 1."""
+    """Turn images (N, CHANNELS, 64, 64) from -1 to 1 into pictures from 0 to 1."""
     return images / 2 + 0.5
 
 
-# ---- Networks. 4, 2, 1 are kernel, stride and padding. ----
-class Generator(nn.Sequential):
+# ---- Networks ----
+# In the layers, 4, 2, 1 are kernel size, stride and padding. DCGAN begins with weights
+# of standard deviation 0.02; PyTorch's default worked as well here.
+class Generator(nn.Module):
     """Turn noise (N, NOISE_DIM, 1, 1) into images (N, CHANNELS, 64, 64), -1 to 1."""
 
-    def __init__(self, f=FEATURES):
-        super().__init__(
+    def __init__(self):
+        super().__init__()
+        f = FEATURES
+        self.layers = nn.Sequential(
+            # No bias, as BatchNorm subtracts the mean, and the bias with it.
             nn.ConvTranspose2d(NOISE_DIM, f * 8, 4, bias=False),  # (N, 8f, 4, 4)
             nn.BatchNorm2d(f * 8),
             nn.ReLU(),
@@ -121,20 +130,26 @@ class Generator(nn.Sequential):
             nn.Tanh(),
         )
 
+    def forward(self, noise):
+        return self.layers(noise)
 
-class Critic(nn.Sequential):
+
+class Critic(nn.Module):
     """Turn images (N, CHANNELS, 64, 64) into scores (N, 1, 1, 1).
 
-    BatchNorm mixes images, but the penalty is on the slope of each. InstanceNorm
-    treats each image by itself.
+    BatchNorm would mix the images of a batch, but the penalty is on the slope at each
+    one. InstanceNorm normalises each channel of each image by itself. (WGAN-GP suggests
+    LayerNorm, which normalises all channels of an image together.)
     """
 
-    def __init__(self, f=FEATURES):
-        super().__init__(
+    def __init__(self):
+        super().__init__()
+        f = FEATURES
+        self.layers = nn.Sequential(
             nn.Conv2d(CHANNELS, f, 4, 2, 1),  # (N, f, 32, 32)
             nn.LeakyReLU(0.2),
             nn.Conv2d(f, f * 2, 4, 2, 1, bias=False),  # (N, 2f, 16, 16)
-            nn.InstanceNorm2d(f * 2, affine=True),
+            nn.InstanceNorm2d(f * 2, affine=True),  # affine: learn scale and bias
             nn.LeakyReLU(0.2),
             nn.Conv2d(f * 2, f * 4, 4, 2, 1, bias=False),  # (N, 4f, 8, 8)
             nn.InstanceNorm2d(f * 4, affine=True),
@@ -145,160 +160,140 @@ class Critic(nn.Sequential):
             nn.Conv2d(f * 8, 1, 4),  # (N, 1, 1, 1)
         )
 
+    def forward(self, images):
+        return self.layers(images)
+
 
 # ---- Losses ----
 def gradient_penalty(critic, real, fake):
     """Return PENALTY_WEIGHT times the mean of (slope - 1)^2, and the mean slope.
 
-    Along the cheapest moves from fakes to real images, the best C has slope 1. Points
-    between random pairs (N, CHANNELS, 64, 64) stand for these.
+    The best C has slope 1 along the line from a fake to the real image to which it
+    would move. Nobody knows these pairs, so a random point is taken between each real
+    image and a random fake, both (N, CHANNELS, 64, 64).
     """
     share = torch.rand(len(real), 1, 1, 1, device=real.device)
     mixed = share * real + (1 - share) * fake
-    mixed.requires_grad_()  # for its gradient
-    # A score depends on its own image alone: one gradient of the sum gives all N.
-    # create_graph: backward() differentiates it again.
-    (gradient,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
-    slope = gradient.flatten(1).norm(dim=1)
-    return PENALTY_WEIGHT * (slope - 1).pow(2).mean(), slope.mean()
+    mixed.requires_grad_()  # to differentiate C(mixed) with respect to it
+    # Each score depends on its own image alone, so the gradient of their sum holds the
+    # gradient of each. create_graph lets backward() differentiate them once more.
+    scores = critic(mixed)
+    gradients = torch.autograd.grad(scores.sum(), mixed, create_graph=True)[0]
+    slopes = gradients.flatten(1).norm(dim=1)  # (N,)
+    return PENALTY_WEIGHT * (slopes - 1).pow(2).mean(), slopes.mean()
 
 
 def get_critic_loss(real_output, fake_output, penalty):
-    """Return C's loss from its scores (N, 1, 1, 1): it wants real higher."""
+    """Return C's loss: its scores (N, 1, 1, 1) of fakes less those of real images, on
+    average, and the penalty."""
     return fake_output.mean() - real_output.mean() + penalty
 
 
 def get_gen_loss(fake_output):
-    """Return G's loss from C's scores of fakes: it wants them high."""
+    """Return G's loss from C's scores of fakes (N, 1, 1, 1), which G wants high."""
     return -fake_output.mean()
 
 
-# ---- Housekeeping: the same text in all four scripts. Skip it at first. ----
-CHECKPOINT = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
+# ---- Pictures ----
 SAMPLES = Path(config.SAMPLES_PATH, NAME)
-RUNS = Path(config.TENSORBOARD_PATH, NAME)
-script = Path(__file__).read_text(encoding="utf-8")
-plain = int, float, str, bool
-settings = {k: v for k, v in globals().items() if k.isupper() and type(v) in plain}
-settings["BETAS"] = BETAS
-
-
-def prepare():
-    """Check settings, seed, make folders, return the device."""
-    counts = "EPOCHS BATCH_SIZE CRITIC_STEPS NOISE_DIM FEATURES LOG_EVERY"
-    for name in counts.split():
-        if not isinstance(settings.get(name), int) or settings[name] < 1:
-            sys.exit(f"{name} must be a whole number above 0.")
-    found = torch.accelerator.current_accelerator(check_available=True)
-    try:
-        torch.manual_seed(10_000 * SEED + TEST_SEED)
-        torch.manual_seed(SEED)
-        device = torch.zeros(1, device=config.DEVICE or found).device
-        Adam([torch.zeros(1)], settings["LEARNING_RATE"], BETAS, fused=True)  # valid?
-        for folder in CHECKPOINT.parent, SAMPLES, RUNS:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except Exception as error:
-        sys.exit(f"Fix SEED, TEST_SEED, LEARNING_RATE, BETAS, DEVICE or path. {error}")
-    return device
-
-
-def save_checkpoint(parts, epoch):
-    """Save what a run needs to go on exactly."""
-    checkpoint = {name: part.state_dict() for name, part in parts.items()}
-    checkpoint |= {"epoch": epoch, "settings": settings, "script": script}
-    checkpoint["random_state"] = torch.initial_seed()
-    new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
-    torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # safe from a kill
-
-
-def load_checkpoint(parts):
-    """Load the parts. Return the epochs done."""
-    if not config.LOAD or not CHECKPOINT.exists():
-        print("Starting from scratch.")
-        return 0
-    advice = f"Move {CHECKPOINT} away, or set LOAD = False."
-    try:
-        if zipfile.ZipFile(CHECKPOINT).testzip():
-            raise ValueError("damaged")
-        # weights_only: never runs code in the file
-        saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
-        for name, new in settings.items():
-            old = saved["settings"].get(name, new)
-            if old != new and name not in ("NAME", "EPOCHS", "TEST_SEED", "LOG_EVERY"):
-                sys.exit(f"{name} = {new!r}, but it was {old!r}. {advice}")
-        for name, part in parts.items():
-            if "optimizer" in name:  # rates are the script's
-                saved[name]["param_groups"] = part.state_dict()["param_groups"]
-            part.load_state_dict(saved[name])
-            for w, state in getattr(part, "state", {}).items():
-                torch.stack([w, *(v for v in state.values() if v.ndim)])  # must fit
-        print(f"Going on after epoch {saved['epoch']} of {CHECKPOINT}.")
-        if saved["script"] != script:
-            print(f"{NAME}.py has changed since then.")
-        return int(saved["epoch"])
-    except Exception as error:
-        sys.exit(f"{advice} {error!r}")
-
-
-def show(writer, tag, pixels, step, name):
-    """Show the first 64 pictures in TensorBoard and a PNG file."""
-    writer.add_images(f"images/{tag}", pixels[:64].nan_to_num(), step)
-    save_image(pixels[:64], SAMPLES / f"{name}.png")
 
 
 @torch.no_grad()
 def draw(generator, noise):
-    """Return G's pictures of the noise (N, ...), 0 to 1."""
-    generator.eval()  # BatchNorm uses running averages
+    """Return the pictures that G makes from noise (N, ...), with pixels from 0 to 1."""
+    generator.eval()  # BatchNorm uses running averages instead of this batch's
     pixels = to_pixels(generator(noise))
     generator.train()
     return pixels
 
 
-if __name__ == "__main__":
-    # ---- Set-up ----
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped. Run it again to go on."))
-    device = prepare()
-    images = load_images().to(device)
-    if not 2 <= BATCH_SIZE <= len(images):
-        sys.exit(f"{len(images)} images: BATCH_SIZE must be from 2 to that.")
-    fixed_noise = torch.randn(64, NOISE_DIM, 1, 1).to(device)  # the same every epoch
+# ---- Checkpoints ----
+CHECKPOINT = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
+
+
+def save_checkpoint(parts, epoch):
+    """Save the states of all parts, and the number of completed epochs."""
+    checkpoint = {name: part.state_dict() for name, part in parts.items()}
+    checkpoint["epoch"] = epoch
+    new = CHECKPOINT.with_suffix(".tmp")
+    torch.save(checkpoint, new)
+    new.replace(CHECKPOINT)  # a kill while saving leaves the old file whole
+
+
+def load_checkpoint(parts):
+    """Load the states of the parts, and return the number of completed epochs.
+
+    With its state, an optimizer gets its old learning rate and betas back.
+    """
+    try:
+        # weights_only: a file from elsewhere cannot run code
+        checkpoint = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        return checkpoint["epoch"]
+    except Exception as error:
+        sys.exit(f"{error}\n{CHECKPOINT} is damaged or of other layers: move it away.")
+
+
+# ---- Training ----
+def train():
+    """Train both networks. After each epoch, draw and save."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = config.DEVICE or accelerator or "cpu"
+    torch.manual_seed(config.SEED)
+    fixed_noise = torch.randn(64, NOISE_DIM, 1, 1).to(device)  # the same in every epoch
     generator = Generator().to(device)
     critic = Critic().to(device)
+    # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     critic_optimizer = Adam(critic.parameters(), LEARNING_RATE, BETAS, fused=True)
-    parts = {"generator": generator, "critic": critic}
-    parts |= {"gen_optimizer": gen_optimizer, "critic_optimizer": critic_optimizer}
-    epochs_done = load_checkpoint(parts)
+    # A checkpoint holds these. Add a scheduler here, and step it before each save.
+    parts = {
+        "generator": generator,
+        "critic": critic,
+        "gen_optimizer": gen_optimizer,
+        "critic_optimizer": critic_optimizer,
+    }
+    epochs_done = 0
+    if config.LOAD and CHECKPOINT.exists():
+        epochs_done = load_checkpoint(parts)
+        gen_lr = gen_optimizer.param_groups[0]["lr"]
+        critic_lr = critic_optimizer.param_groups[0]["lr"]
+        print(f"Resuming after epoch {epochs_done}, rates: G {gen_lr}, C {critic_lr}")
+    else:
+        print("Starting from scratch")
+    if epochs_done >= EPOCHS:
+        print(f"Raise EPOCHS to train longer. To start anew, move {CHECKPOINT} away.")
+        return
 
-    # ---- Train ----
+    runs = Path(config.TENSORBOARD_PATH, NAME)
+    print(f"Training on {device}, pictures: {SAMPLES}, curves: {runs}", flush=True)
+    images = load_images().to(device)
     steps = len(images) // BATCH_SIZE  # of G in an epoch
-    tags = ["loss/critic", "loss/generator", "critic/wasserstein_distance"]
-    tags += ["critic/gradient_norm", "critic/gradient_penalty"]
-    epochs = range(epochs_done + 1, EPOCHS + 1) if config.TRAIN else []
-    if not epochs and not epochs_done:
-        sys.exit("No checkpoint to draw from: set TRAIN or LOAD = True.")
-    if epochs:
-        print(f"Training to epoch {EPOCHS} on {device}: {SAMPLES}, {RUNS}", flush=True)
-        writer = SummaryWriter(RUNS, purge_step=epochs_done * steps + (epochs_done > 0))
-        writer.add_text("settings", str(settings), epochs_done * steps)
-        if epochs_done == 0:
-            show(writer, "real", to_pixels(normalize(images[:64])), 0, "real")
-            show(writer, "fake", draw(generator, fixed_noise), 0, "epoch_0000")
-    for epoch in epochs:
-        torch.manual_seed(10_000 * SEED + epoch)  # the same after a stop
-        history = torch.zeros(steps, len(tags), device=device)
+    # purge_step makes TensorBoard forget what came after the checkpoint.
+    writer = SummaryWriter(runs, purge_step=epochs_done * steps)
+    if epochs_done == 0:
+        real_pixels = to_pixels(normalize(images[:64]))  # (64, CHANNELS, 64, 64)
+        writer.add_images("images/real", real_pixels, 0)
+        save_image(real_pixels, SAMPLES / "real.png")
+        pixels = draw(generator, fixed_noise)
+        writer.add_images("images/fake", pixels, 0)
+        save_image(pixels, SAMPLES / "epoch_0000.png")
+
+    for epoch in range(epochs_done + 1, EPOCHS + 1):
         start = time.time()
-        for step in range(steps):
-            # Update C: maximise C(x) - C(G(z)), less the penalty.
+        # A seed for each epoch: a resumed run draws the same random numbers.
+        torch.manual_seed(10_000 * config.SEED + epoch)
+        critic_sum = gen_sum = estimate_sum = 0
+        for step in range((epoch - 1) * steps, epoch * steps):
+            # Update C: maximise the mean of C(x) - C(G(z)), less the penalty.
+            # detach() keeps the gradients of this loss out of G.
             for _ in range(CRITIC_STEPS):
-                real = images[torch.randint(len(images), (BATCH_SIZE,), device=device)]
-                real = normalize(real)
+                batch = torch.randint(len(images), (BATCH_SIZE,), device=device)
+                real = normalize(images[batch])  # (N, CHANNELS, 64, 64)
                 noise = torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)
-                fake = generator(noise).detach()  # G's turn is below
-                real_output = critic(real)
+                fake = generator(noise).detach()  # (N, CHANNELS, 64, 64)
+                real_output = critic(real)  # (N, 1, 1, 1)
                 fake_output = critic(fake)
                 penalty, slope = gradient_penalty(critic, real, fake)
                 critic_loss = get_critic_loss(real_output, fake_output, penalty)
@@ -306,66 +301,83 @@ if __name__ == "__main__":
                 critic_loss.backward()
                 critic_optimizer.step()
 
-            # Update G: maximise C(G(z)).
+            # Update G: maximise the mean of C(G(z)), with the C that has just learned.
+            # C gets gradients here too; its next zero_grad() clears them.
             noise = torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)
             gen_loss = get_gen_loss(critic(generator(noise)))
             gen_optimizer.zero_grad()
-            gen_loss.backward(inputs=list(generator.parameters()))  # skips C's
+            gen_loss.backward()
             gen_optimizer.step()
 
-            # Of C's last step:
-            distance = real_output.mean() - fake_output.mean()
-            values = [critic_loss, gen_loss, distance, slope, penalty]
-            history[step] = torch.stack(values).detach()
-            if step % 10 == 0 and sys.stdout.isatty():
-                share = (step + 1) / steps
-                left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
-                text = f"epoch {epoch} {share:4.0%} {left:.1f} min left "
-                print(text, end="\r", flush=True)
+            # C's estimate of the Wasserstein distance, in the last of its steps
+            estimate = (real_output.mean() - fake_output.mean()).detach()
+            critic_sum += critic_loss.detach()  # the value without its graph
+            gen_sum += gen_loss.detach()
+            estimate_sum += estimate
+            if step % LOG_EVERY == 0:
+                writer.add_scalar("loss/critic", critic_loss, step)
+                writer.add_scalar("loss/generator", gen_loss, step)
+                writer.add_scalar("critic/wasserstein_distance", estimate, step)
+                writer.add_scalar("critic/gradient_norm", slope, step)
+                writer.add_scalar("critic/gradient_penalty", penalty, step)
+                if sys.stdout.isatty():
+                    print(f"epoch {epoch}, step {step}", end="\r", flush=True)
 
-        means = history.mean(dim=0).tolist()
-        speed = steps * CRITIC_STEPS * BATCH_SIZE / (time.time() - start)
-        pixels = draw(generator, fixed_noise)
+        pixels = draw(generator, fixed_noise)  # (64, CHANNELS, 64, 64)
+        if not pixels.isfinite().all():
+            sys.exit("G draws NaN: lower LEARNING_RATE in a copy of this script.")
+        writer.add_images("images/fake", pixels, step)
+        writer.flush()
+        save_image(pixels, SAMPLES / f"epoch_{epoch:04}.png")
+        save_checkpoint(parts, epoch)
+        minutes = (EPOCHS - epoch) * (time.time() - start) / 60
         print(
-            f"epoch {epoch}/{EPOCHS}  C {means[0]:.3f}  G {means[1]:.3f}  "
-            f"distance {means[2]:.3f}  slope {means[3]:.2f}  {speed:,.0f} images/s",
+            f"epoch {epoch}/{EPOCHS}  "
+            f"loss C {critic_sum / steps:.3f}  G {gen_sum / steps:.3f}  "
+            f"estimate {estimate_sum / steps:.3f}  {minutes:.1f} min left",
             flush=True,
         )
-        step = (epoch - 1) * steps
-        for part in history.cpu().split(LOG_EVERY):
-            step += len(part)
-            for tag, value in zip(tags, part.mean(dim=0)):
-                writer.add_scalar(tag, value, step)
-        writer.add_scalar("speed/images_per_second", speed, step)
-        show(writer, "fake", pixels, step, f"epoch_{epoch:04}")
-        writer.flush()
-        if not (history.isfinite().all() and pixels.isfinite().all()):
-            sys.exit("A loss is NaN or inf. Lower LEARNING_RATE and set LOAD = False.")
-        save_checkpoint(parts, epoch)
-        epochs_done = epoch
 
-    # ---- Test ----
+
+# ---- Test ----
+def test():
+    """Draw test.png, nearest.png, interpolation.png and epochs.gif, on the CPU."""
+    if not CHECKPOINT.exists():
+        sys.exit(f"There is no {CHECKPOINT}: train first, with TRAIN = True.")
+    generator = Generator()
+    epochs_done = load_checkpoint({"generator": generator})
+    torch.manual_seed(TEST_SEED)
+    noise = torch.randn(64, NOISE_DIM, 1, 1)
+    samples = draw(generator, noise)  # (64, CHANNELS, 64, 64)
+    save_image(samples, SAMPLES / "test.png")
+
+    # What lies between two pictures? Each column goes from one noise vector to another.
+    steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
+    save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
+
+    # Not all of epoch_*.png, as an older and longer run may have left some.
+    paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
+    film = [Image.open(path).reduce(2) for path in paths if path.exists()]
+    if film:
+        gif = SAMPLES / "epochs.gif"
+        film[0].save(gif, append_images=film[1:], save_all=True, duration=200, loop=0)
+
+    # Does G copy? To the right of each sample is the training image nearest to it.
+    images = load_images()
+    distances = []
+    for part in images.split(1000):  # all at once would take gigabytes
+        real = to_pixels(normalize(part))  # (1000, CHANNELS, 64, 64)
+        distances.append(torch.cdist(samples.flatten(1), real.flatten(1)))
+    nearest = images[torch.cat(distances, dim=1).argmin(dim=1)]
+    nearest = to_pixels(normalize(nearest))  # (64, CHANNELS, 64, 64)
+    save_image(torch.cat([samples, nearest], dim=3), SAMPLES / "nearest.png")
+    print(f"The pictures are in {SAMPLES}.")
+
+
+if __name__ == "__main__":
+    for folder in CHECKPOINT.parent, SAMPLES:
+        folder.mkdir(parents=True, exist_ok=True)
+    if config.TRAIN:
+        train()
     if config.TEST:
-        torch.manual_seed(TEST_SEED)
-        noise = torch.randn(64, NOISE_DIM, 1, 1).to(device)
-        samples = draw(generator, noise)
-        save_image(samples, SAMPLES / "test.png")
-        # Does G copy? Right of each sample: the nearest image.
-        real = (to_pixels(normalize(part)).flatten(1) for part in images.split(1000))
-        distances = [torch.cdist(samples.flatten(1), part) for part in real]
-        nearest = images[torch.cat(distances, dim=1).argmin(dim=1)]
-        pairs = torch.stack([samples, to_pixels(normalize(nearest))], dim=1)
-        save_image(pairs.flatten(0, 1), SAMPLES / "nearest.png", nrow=16)
-        # Is noise space smooth? Each row walks from noise to noise.
-        walk = [draw(generator, noise[:8].lerp(noise[8:16], i / 9)) for i in range(10)]
-        walk = torch.stack(walk, dim=1).flatten(0, 1)
-        save_image(walk, SAMPLES / "interpolation.png", nrow=10)
-        paths = sorted(SAMPLES.glob("epoch_*.png"))[: epochs_done + 1]
-        paths = paths[:: 1 + epochs_done // 100] + paths[-1:] * 20  # the last one stays
-        if paths:
-            first, *rest = [Image.open(path).reduce(2) for path in paths]
-            gif = SAMPLES / "epochs.gif"
-            first.save(gif, append_images=rest, save_all=True, duration=100, loop=0)
-        print(f"Drew pictures in {SAMPLES}.")
-    elif not epochs:
-        print(f"{epochs_done} epochs are done. See TRAIN, EPOCHS and TEST.")
+        test()

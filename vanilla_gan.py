@@ -1,24 +1,22 @@
 """Vanilla GAN: a network learns to draw digits by playing against another.
 
 The generator G turns random noise z into an image, a fake. The discriminator D sees an
-image x and answers D(x), its guess at how likely x is real. D learns to tell real
-images from fakes, and G learns to fool D:
+image x and answers D(x), the probability that x is real. D learns to tell real images
+from fakes, and G learns to fool D:
 
     min over G, max over D:   mean of log D(x)  +  mean of log(1 - D(G(z)))
 
-If G were perfect, D could only guess: D(x) = 1/2, and both losses
-below are log 2 = 0.69.
+Each network has a loss of its own below. If G were perfect, D could only guess: D(x)
+would be 1/2 everywhere, and each of the two losses log 2 = 0.69.
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
-Run:    python vanilla_gan.py, then tensorboard --logdir runs
+Run:    python vanilla_gan.py, and beside it tensorboard --logdir runs
+Draw:   the same with TEST = True in config.py
 Expect: digits after 5 epochs, good ones after 10; all 50 in 3 to 5 minutes
 """
 
-import signal
 import sys
-import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import torch
@@ -31,30 +29,32 @@ from torchvision.utils import save_image
 
 import config
 
-# ---- Settings: try others in a copy, which keeps its results apart ----
-NAME = Path(__file__).stem  # names all files of a run
-EPOCHS = 50  # passes over the images; raise it to go on
+# ---- Settings: try other values in a copy of this file ----
+NAME = Path(__file__).stem  # names all results, so that a copy starts from scratch
+EPOCHS = 50  # passes over the training images; raise it to train longer
 BATCH_SIZE = 128  # real images in a step, and as many fakes
 LEARNING_RATE = 3e-4  # Adam's step size, for both networks
-BETAS = (0.0, 0.999)  # no momentum: old gradients suit an old opponent
-NOISE_DIM = 64  # random numbers that G gets for one image
-# D sees (pixel - mean) / std. With 0.5 and 0.5 that is -1 to 1, the range of tanh in G.
-# MNIST's own 0.1307 and 0.3081 make white 2.82: G cannot reach it.
+# How much Adam remembers of past gradients, and of their squares. The first is 0.0, as
+# past gradients were computed against an opponent that has changed since.
+BETAS = (0.0, 0.999)
+NOISE_DIM = 64  # random numbers from which G makes one image
+# Pixels from 0 to 1 become (pixel - mean) / std. With 0.5 and 0.5 this is -1 to 1, the
+# range of tanh, with which G ends. With MNIST's own mean and standard deviation, 0.1307
+# and 0.3081, white becomes 2.82, which G cannot reach.
 NORMALIZE_MEAN = 0.5
 NORMALIZE_STD = 0.5
-SEED = config.SEED  # the same seed gives the same run
-TEST_SEED = 1  # any but SEED draws other samples
-LOG_EVERY = 100  # steps averaged per point of a curve
+TEST_SEED = 1  # another seed draws other samples
+LOG_EVERY = 100  # steps between two points of a curve
 
 
 # ---- Data ----
 def load_images(train):
     """Return MNIST's 60,000 training or 10,000 test images: uint8 (N, 28, 28)."""
     try:
-        mnist = datasets.MNIST(config.DATA_PATH, train=train, download=True)
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        sys.exit(f"No MNIST: put only its .gz files in DATA_PATH/MNIST/raw. {error!r}")
-    return mnist.data
+        return datasets.MNIST(config.DATA_PATH, train=train, download=True).data
+    except RuntimeError as error:
+        folder = Path(config.DATA_PATH, "MNIST/raw")
+        sys.exit(f"{error}\nPut MNIST's four .gz files, and nothing else, in {folder}.")
 
 
 def normalize(images):
@@ -68,11 +68,12 @@ def to_pixels(images):
 
 
 # ---- Networks ----
-class Generator(nn.Sequential):
+class Generator(nn.Module):
     """Turn standard normal noise (N, NOISE_DIM) into images (N, 784) from -1 to 1."""
 
     def __init__(self):
-        super().__init__(
+        super().__init__()
+        self.layers = nn.Sequential(
             nn.Linear(NOISE_DIM, 128),  # (N, 128)
             nn.BatchNorm1d(128),  # centres and scales each feature over the batch
             nn.ReLU(),
@@ -83,184 +84,166 @@ class Generator(nn.Sequential):
             nn.Tanh(),
         )
 
+    def forward(self, noise):
+        return self.layers(noise)
 
-class Discriminator(nn.Sequential):
-    """Turn images (N, 784) into D(x) (N, 1): the probability, 0 to 1, of being real."""
+
+class Discriminator(nn.Module):
+    """Turn images (N, 784) into D(x) (N, 1): the probability that each is real."""
 
     def __init__(self):
-        super().__init__(
+        super().__init__()
+        self.layers = nn.Sequential(
             nn.Linear(28 * 28, 256),  # (N, 256)
-            nn.LeakyReLU(0.2),  # not flat below 0: G learns through it
+            nn.LeakyReLU(0.2),  # lets gradients through below 0 too
             nn.Linear(256, 128),  # (N, 128)
             nn.LeakyReLU(0.2),
             nn.Linear(128, 1),  # (N, 1)
             nn.Sigmoid(),
         )
 
+    def forward(self, images):
+        return self.layers(images)
+
 
 # ---- Losses ----
-def bce(probability, target):
-    """Return the mean of -log p where the target is 1, of -log(1 - p) where it is 0."""
-    return nn.BCELoss()(probability.nan_to_num(), target)  # BCELoss crashes at NaN
+# The mean of -log p where the target is 1, and of -log(1 - p) where it is 0. An error
+# that p should be between 0 and 1 means that p is NaN: lower LEARNING_RATE in a copy.
+bce = nn.BCELoss()
 
 
 def get_disc_loss(real_output, fake_output):
-    """Return D's loss from its answers (N, 1): 1 is right if real, 0 if fake."""
+    """Return D's loss from its outputs (N, 1): 1 is right if real, 0 if fake."""
     real_loss = bce(real_output, torch.ones_like(real_output))
     fake_loss = bce(fake_output, torch.zeros_like(fake_output))
-    return (real_loss + fake_loss) / 2
+    return (real_loss + fake_loss) / 2  # halved, to be on the scale of G's loss
 
 
 def get_gen_loss(fake_output):
-    """Return G's loss from D's answers to fakes (N, 1), which G wants to be 1.
+    """Return G's loss from D's outputs for fakes (N, 1), which G wants to be 1.
 
-    With equation 1's log(1 - D(G(z))), G hardly learns while D rejects its fakes.
+    This is -log D(G(z)), as the paper advises. From the log(1 - D(G(z))) of equation 1,
+    G hardly learns while D is sure of its fakes: D's sigmoid is flat there.
     """
     return bce(fake_output, torch.ones_like(fake_output))
 
 
-# ---- Quality ----
-def share_near(images, others, k=5):
-    """Return the share of images (N, ...) near one of others (M, ...): as near as that
-    one's k-th neighbour among them. Precision is the share of fakes near real
-    images, recall that of real images near fakes.
-    After https://arxiv.org/abs/1904.06991, on pixels."""
-    images, others = images.flatten(1), others.flatten(1)
-    # k + 1: each is its own nearest
-    reach = torch.cdist(others, others).topk(k + 1, largest=False).values[:, -1]
-    is_near = torch.cdist(images, others) <= reach  # (N, M)
-    return is_near.any(dim=1).float().mean().item()
-
-
-# ---- Housekeeping: the same text in all four scripts. Skip it at first. ----
-CHECKPOINT = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
+# ---- Pictures ----
 SAMPLES = Path(config.SAMPLES_PATH, NAME)
-RUNS = Path(config.TENSORBOARD_PATH, NAME)
-script = Path(__file__).read_text(encoding="utf-8")
-plain = int, float, str, bool
-settings = {k: v for k, v in globals().items() if k.isupper() and type(v) in plain}
-settings["BETAS"] = BETAS
-
-
-def prepare():
-    """Check settings, seed, make folders, return the device."""
-    for name in "EPOCHS", "BATCH_SIZE", "NOISE_DIM", "LOG_EVERY":
-        if not isinstance(settings.get(name), int) or settings[name] < 1:
-            sys.exit(f"{name} must be a whole number above 0.")
-    found = torch.accelerator.current_accelerator(check_available=True)
-    try:
-        torch.manual_seed(10_000 * SEED + TEST_SEED)
-        torch.manual_seed(SEED)
-        device = torch.zeros(1, device=config.DEVICE or found).device
-        Adam([torch.zeros(1)], settings["LEARNING_RATE"], BETAS, fused=True)  # valid?
-        for folder in CHECKPOINT.parent, SAMPLES, RUNS:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except Exception as error:
-        sys.exit(f"Fix SEED, TEST_SEED, LEARNING_RATE, BETAS, DEVICE or path. {error}")
-    return device
-
-
-def save_checkpoint(parts, epoch):
-    """Save what a run needs to go on exactly."""
-    checkpoint = {name: part.state_dict() for name, part in parts.items()}
-    checkpoint |= {"epoch": epoch, "settings": settings, "script": script}
-    checkpoint["random_state"] = torch.initial_seed()
-    new = CHECKPOINT.with_name(f"{NAME}.{time.time_ns()}.tmp")
-    torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # safe from a kill
-
-
-def load_checkpoint(parts):
-    """Load the parts. Return the epochs done."""
-    if not config.LOAD or not CHECKPOINT.exists():
-        print("Starting from scratch.")
-        return 0
-    advice = f"Move {CHECKPOINT} away, or set LOAD = False."
-    try:
-        if zipfile.ZipFile(CHECKPOINT).testzip():
-            raise ValueError("damaged")
-        # weights_only: never runs code in the file
-        saved = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
-        for name, new in settings.items():
-            old = saved["settings"].get(name, new)
-            if old != new and name not in ("NAME", "EPOCHS", "TEST_SEED", "LOG_EVERY"):
-                sys.exit(f"{name} = {new!r}, but it was {old!r}. {advice}")
-        for name, part in parts.items():
-            if "optimizer" in name:  # rates are the script's
-                saved[name]["param_groups"] = part.state_dict()["param_groups"]
-            part.load_state_dict(saved[name])
-            for w, state in getattr(part, "state", {}).items():
-                torch.stack([w, *(v for v in state.values() if v.ndim)])  # must fit
-        print(f"Going on after epoch {saved['epoch']} of {CHECKPOINT}.")
-        if saved["script"] != script:
-            print(f"{NAME}.py has changed since then.")
-        return int(saved["epoch"])
-    except Exception as error:
-        sys.exit(f"{advice} {error!r}")
-
-
-def show(writer, tag, pixels, step, name):
-    """Show the first 64 pictures in TensorBoard and a PNG file."""
-    writer.add_images(f"images/{tag}", pixels[:64].nan_to_num(), step)
-    save_image(pixels[:64], SAMPLES / f"{name}.png")
 
 
 @torch.no_grad()
 def draw(generator, noise):
-    """Return G's pictures of the noise (N, ...), 0 to 1."""
-    generator.eval()  # BatchNorm uses running averages
+    """Return the pictures that G makes from noise (N, ...), with pixels from 0 to 1."""
+    generator.eval()  # BatchNorm uses running averages instead of this batch's
     pixels = to_pixels(generator(noise))
     generator.train()
     return pixels
 
 
-if __name__ == "__main__":
-    # ---- Set-up ----
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped. Run it again to go on."))
-    device = prepare()
-    images = load_images(train=True).to(device)
-    if NORMALIZE_STD == 0:
-        sys.exit("NORMALIZE_STD must not be 0.")
-    if not 2 <= BATCH_SIZE <= len(images):
-        sys.exit(f"{len(images)} images: BATCH_SIZE must be from 2 to that.")
-    fixed_noise = torch.randn(1000, NOISE_DIM).to(device)  # the same every epoch
+def share_near(images, others, k=5):
+    """Return the share of images (N, ...) near at least one of others (M, ...).
+
+    Each of the others reaches as far as to its k-th nearest neighbour among them, and
+    images within its reach are near. Precision is the share of fakes near real images.
+    Recall is the share of real images near fakes, which is low if G draws few kinds of
+    digits. With training images in place of fakes, both are 0.94.
+    Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
+    """
+    images, others = images.flatten(1), others.flatten(1)
+    # Sorted, each image itself comes first, and its k-th neighbour has index k.
+    reach = torch.cdist(others, others).sort(dim=1).values[:, k]  # (M,)
+    near = torch.cdist(images, others) <= reach  # (N, M)
+    return near.any(dim=1).float().mean().item()
+
+
+# ---- Checkpoints ----
+CHECKPOINT = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
+
+
+def save_checkpoint(parts, epoch):
+    """Save the states of all parts, and the number of completed epochs."""
+    checkpoint = {name: part.state_dict() for name, part in parts.items()}
+    checkpoint["epoch"] = epoch
+    new = CHECKPOINT.with_suffix(".tmp")
+    torch.save(checkpoint, new)
+    new.replace(CHECKPOINT)  # a kill while saving leaves the old file whole
+
+
+def load_checkpoint(parts):
+    """Load the states of the parts, and return the number of completed epochs.
+
+    With its state, an optimizer gets its old learning rate and betas back.
+    """
+    try:
+        # weights_only: a file from elsewhere cannot run code
+        checkpoint = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        return checkpoint["epoch"]
+    except Exception as error:
+        sys.exit(f"{error}\n{CHECKPOINT} is damaged or of other layers: move it away.")
+
+
+# ---- Training ----
+def train():
+    """Train both networks. After each epoch, draw, measure and save."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = config.DEVICE or accelerator or "cpu"
+    torch.manual_seed(config.SEED)
+    fixed_noise = torch.randn(1000, NOISE_DIM).to(device)  # the same in every epoch
     generator = Generator().to(device)
     discriminator = Discriminator().to(device)
+    # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    parts = {"generator": generator, "discriminator": discriminator}
-    parts |= {"gen_optimizer": gen_optimizer, "disc_optimizer": disc_optimizer}
-    epochs_done = load_checkpoint(parts)
+    # A checkpoint holds these. Add a scheduler here, and step it before each save.
+    parts = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "gen_optimizer": gen_optimizer,
+        "disc_optimizer": disc_optimizer,
+    }
+    epochs_done = 0
+    if config.LOAD and CHECKPOINT.exists():
+        epochs_done = load_checkpoint(parts)
+        gen_lr = gen_optimizer.param_groups[0]["lr"]
+        disc_lr = disc_optimizer.param_groups[0]["lr"]
+        print(f"Resuming after epoch {epochs_done}, rates: G {gen_lr}, D {disc_lr}")
+    else:
+        print("Starting from scratch")
+    if epochs_done >= EPOCHS:
+        print(f"Raise EPOCHS to train longer. To start anew, move {CHECKPOINT} away.")
+        return
 
-    # ---- Train ----
-    steps = len(images) // BATCH_SIZE  # a smaller last batch is left out
-    tags = ["loss/discriminator", "loss/generator", "prob/real", "prob/fake"]
-    epochs = range(epochs_done + 1, EPOCHS + 1) if config.TRAIN else []
-    if not epochs and not epochs_done:
-        sys.exit("No checkpoint to draw from: set TRAIN or LOAD = True.")
-    if epochs:
-        print(f"Training to epoch {EPOCHS} on {device}: {SAMPLES}, {RUNS}", flush=True)
-        held_out = to_pixels(normalize(load_images(train=False)[::10].to(device)))
-        real_pixels = to_pixels(normalize(images[:: 1 + len(images) // 1000]))
-        goal = share_near(real_pixels, held_out), share_near(held_out, real_pixels)
-        writer = SummaryWriter(RUNS, purge_step=epochs_done * steps + (epochs_done > 0))
-        writer.add_text("settings", str(settings), epochs_done * steps)
-        if epochs_done == 0:
-            show(writer, "real", real_pixels, 0, "real")
-            show(writer, "fake", draw(generator, fixed_noise), 0, "epoch_0000")
-    for epoch in epochs:
-        torch.manual_seed(10_000 * SEED + epoch)  # the same after a stop
-        batches = torch.randperm(len(images), device=device).split(BATCH_SIZE)
-        history = torch.zeros(steps, len(tags), device=device)
+    runs = Path(config.TENSORBOARD_PATH, NAME)
+    print(f"Training on {device}, pictures: {SAMPLES}, curves: {runs}", flush=True)
+    images = load_images(train=True).to(device)
+    test_images = load_images(train=False)[::10].to(device) / 255  # 1,000 of 10,000
+    steps = len(images) // BATCH_SIZE  # in an epoch; a smaller last batch is left out
+    # purge_step makes TensorBoard forget what came after the checkpoint.
+    writer = SummaryWriter(runs, purge_step=epochs_done * steps)
+    if epochs_done == 0:
+        real_pixels = images[:64].unsqueeze(1) / 255  # (64, 1, 28, 28)
+        writer.add_images("images/real", real_pixels, 0)
+        save_image(real_pixels, SAMPLES / "real.png")
+        pixels = draw(generator, fixed_noise[:64])
+        writer.add_images("images/fake", pixels, 0)
+        save_image(pixels, SAMPLES / "epoch_0000.png")
+
+    for epoch in range(epochs_done + 1, EPOCHS + 1):
         start = time.time()
-        for step in range(steps):
-            real = normalize(images[batches[step]])  # (N, 784)
+        # A seed for each epoch: a resumed run draws the same random numbers.
+        torch.manual_seed(10_000 * config.SEED + epoch)
+        batches = torch.randperm(len(images), device=device).split(BATCH_SIZE)[:steps]
+        disc_sum = gen_sum = 0
+        for step, batch in enumerate(batches, start=(epoch - 1) * steps):
+            real = normalize(images[batch])  # (N, 784)
             noise = torch.randn(BATCH_SIZE, NOISE_DIM, device=device)
             fake = generator(noise)  # (N, 784)
 
             # Update D: minimise the mean of -log D(x) and -log(1 - D(G(z))).
-            # detach(): no gradient flows into G, whose turn is below.
+            # detach() keeps the gradients of this loss out of G.
             real_output = discriminator(real)  # (N, 1)
             fake_output = discriminator(fake.detach())
             disc_loss = get_disc_loss(real_output, fake_output)
@@ -268,69 +251,78 @@ if __name__ == "__main__":
             disc_loss.backward()
             disc_optimizer.step()
 
-            # Update G: minimise -log D(G(z)), with the D that has just learned.
-            # Goodfellow draws new fakes. The same ones save time.
+            # Update G: minimise -log D(G(z)) for the same fakes, after D's update.
+            # D gets gradients here too; its next zero_grad() clears them.
             gen_loss = get_gen_loss(discriminator(fake))
             gen_optimizer.zero_grad()
-            gen_loss.backward(inputs=list(generator.parameters()))  # skips D's
+            gen_loss.backward()
             gen_optimizer.step()
 
-            answers = [real_output.mean(), fake_output.mean()]
-            history[step] = torch.stack([disc_loss, gen_loss, *answers]).detach()
-            if step % 10 == 0 and sys.stdout.isatty():
-                share = (step + 1) / steps
-                left = (EPOCHS - epoch + 1 - share) / share * (time.time() - start) / 60
-                text = f"epoch {epoch} {share:4.0%} {left:.1f} min left "
-                print(text, end="\r", flush=True)
+            disc_sum += disc_loss.detach()  # the value without its graph
+            gen_sum += gen_loss.detach()
+            if step % LOG_EVERY == 0:
+                writer.add_scalar("loss/discriminator", disc_loss, step)
+                writer.add_scalar("loss/generator", gen_loss, step)
+                writer.add_scalar("prob/real", real_output.mean(), step)
+                writer.add_scalar("prob/fake", fake_output.mean(), step)
+                if sys.stdout.isatty():
+                    print(f"epoch {epoch}, step {step}", end="\r", flush=True)
 
-        means = history.mean(dim=0).tolist()
-        speed = steps * BATCH_SIZE / (time.time() - start)
-        pixels = draw(generator, fixed_noise)
-        precision = share_near(pixels, held_out)
-        recall = share_near(held_out, pixels)
-        print(
-            f"epoch {epoch}/{EPOCHS}  D {means[0]:.3f}  G {means[1]:.3f}  "
-            f"precision {precision:.2f} (real {goal[0]:.2f})  "
-            f"recall {recall:.2f} (real {goal[1]:.2f})  {speed:,.0f} images/s",
-            flush=True,
-        )
-        step = (epoch - 1) * steps
-        for part in history.cpu().split(LOG_EVERY):
-            step += len(part)
-            for tag, value in zip(tags, part.mean(dim=0)):
-                writer.add_scalar(tag, value, step)
+        pixels = draw(generator, fixed_noise)  # (1000, 1, 28, 28)
+        if not pixels.isfinite().all():
+            sys.exit("G draws NaN: lower LEARNING_RATE in a copy of this script.")
+        precision = share_near(pixels, test_images)
+        recall = share_near(test_images, pixels)
         writer.add_scalar("quality/precision", precision, step)
         writer.add_scalar("quality/recall", recall, step)
-        writer.add_scalar("speed/images_per_second", speed, step)
-        show(writer, "fake", pixels, step, f"epoch_{epoch:04}")
+        writer.add_images("images/fake", pixels[:64], step)
         writer.flush()
-        if not (history.isfinite().all() and pixels.isfinite().all()):
-            sys.exit("A loss is NaN or inf. Lower LEARNING_RATE and set LOAD = False.")
+        save_image(pixels[:64], SAMPLES / f"epoch_{epoch:04}.png")
         save_checkpoint(parts, epoch)
-        epochs_done = epoch
+        minutes = (EPOCHS - epoch) * (time.time() - start) / 60
+        print(
+            f"epoch {epoch}/{EPOCHS}  "
+            f"loss D {disc_sum / steps:.3f}  G {gen_sum / steps:.3f}  "
+            f"precision {precision:.2f}  recall {recall:.2f}  {minutes:.1f} min left",
+            flush=True,
+        )
 
-    # ---- Test ----
+
+# ---- Test ----
+def test():
+    """Draw test.png, nearest.png, interpolation.png and epochs.gif, on the CPU."""
+    if not CHECKPOINT.exists():
+        sys.exit(f"There is no {CHECKPOINT}: train first, with TRAIN = True.")
+    generator = Generator()
+    epochs_done = load_checkpoint({"generator": generator})
+    torch.manual_seed(TEST_SEED)
+    noise = torch.randn(64, NOISE_DIM)
+    samples = draw(generator, noise)  # (64, 1, 28, 28)
+    save_image(samples, SAMPLES / "test.png")
+
+    # What lies between two digits? Each column goes from one noise vector to another.
+    steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
+    save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
+
+    # Not all of epoch_*.png, as an older and longer run may have left some.
+    paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
+    film = [Image.open(path).copy() for path in paths if path.exists()]
+    if film:
+        gif = SAMPLES / "epochs.gif"
+        film[0].save(gif, append_images=film[1:], save_all=True, duration=200, loop=0)
+
+    # Does G copy? To the right of each sample is the training image nearest to it.
+    real = load_images(train=True).unsqueeze(1) / 255  # (60000, 1, 28, 28)
+    distances = torch.cdist(samples.flatten(1), real.flatten(1))  # (64, 60000)
+    nearest = real[distances.argmin(dim=1)]
+    save_image(torch.cat([samples, nearest], dim=3), SAMPLES / "nearest.png")
+    print(f"The pictures are in {SAMPLES}.")
+
+
+if __name__ == "__main__":
+    for folder in CHECKPOINT.parent, SAMPLES:
+        folder.mkdir(parents=True, exist_ok=True)
+    if config.TRAIN:
+        train()
     if config.TEST:
-        torch.manual_seed(TEST_SEED)
-        noise = torch.randn(64, NOISE_DIM).to(device)
-        samples = draw(generator, noise)
-        save_image(samples, SAMPLES / "test.png")
-        # Does G copy? Right of each sample: the nearest image.
-        real = (to_pixels(normalize(part)).flatten(1) for part in images.split(1000))
-        distances = [torch.cdist(samples.flatten(1), part) for part in real]
-        nearest = images[torch.cat(distances, dim=1).argmin(dim=1)]
-        pairs = torch.stack([samples, to_pixels(normalize(nearest))], dim=1)
-        save_image(pairs.flatten(0, 1), SAMPLES / "nearest.png", nrow=16)
-        # Is noise space smooth? Each row walks from noise to noise.
-        walk = [draw(generator, noise[:8].lerp(noise[8:16], i / 9)) for i in range(10)]
-        walk = torch.stack(walk, dim=1).flatten(0, 1)
-        save_image(walk, SAMPLES / "interpolation.png", nrow=10)
-        paths = sorted(SAMPLES.glob("epoch_*.png"))[: epochs_done + 1]
-        paths = paths[:: 1 + epochs_done // 100] + paths[-1:] * 20  # the last one stays
-        if paths:
-            first, *rest = [Image.open(path) for path in paths]
-            gif = SAMPLES / "epochs.gif"
-            first.save(gif, append_images=rest, save_all=True, duration=100, loop=0)
-        print(f"Drew pictures in {SAMPLES}.")
-    elif not epochs:
-        print(f"{epochs_done} epochs are done. See TRAIN, EPOCHS and TEST.")
+        test()
