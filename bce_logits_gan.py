@@ -14,11 +14,11 @@ with an exp() that never exceeds 1:
 
     -log sigmoid(s)  =  log(1 + exp(-s))  =  max(0, -s) + log(1 + exp(-|s|))
 
-Also new: functions build the networks from blocks, and G ends in a sigmoid.
+Also new: functions build the same layers from blocks, and G ends in a sigmoid.
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python bce_logits_gan.py, and beside it tensorboard --logdir runs
-Draw:   the same with TEST = True in config.py
+Draw:   set TEST = True in config.py, and run it again
 Expect: digits after 5 epochs, good ones after 10; all 50 in 4 to 6 minutes
 """
 
@@ -45,7 +45,10 @@ LEARNING_RATE = 3e-4  # Adam's step size, for both networks
 # past gradients were computed against an opponent that has changed since.
 BETAS = (0.0, 0.999)
 NOISE_DIM = 64  # random numbers from which G makes one image
-HIDDEN_DIM = 64  # width of the narrowest block
+# Pixels from 0 to 1 become (pixel - mean) / std. With 0 and 1 they stay as they are, in
+# the range of sigmoid, with which G ends.
+NORMALIZE_MEAN = 0.0
+NORMALIZE_STD = 1.0
 TEST_SEED = 1  # another seed draws other samples
 LOG_EVERY = 100  # steps between two points of a curve
 
@@ -61,13 +64,13 @@ def load_images(train):
 
 
 def normalize(images):
-    """Turn uint8 images (N, 28, 28) into what G imitates: float (N, 784), 0 to 1."""
-    return images.flatten(1) / 255
+    """Turn uint8 images (N, 28, 28) into what D sees and G imitates: float (N, 784)."""
+    return (images.flatten(1) / 255 - NORMALIZE_MEAN) / NORMALIZE_STD
 
 
 def to_pixels(images):
-    """Turn images (N, 784) into pictures (N, 1, 28, 28), both from 0 to 1."""
-    return images.view(-1, 1, 28, 28)
+    """Undo normalize: float (N, 784) becomes pictures (N, 1, 28, 28) from 0 to 1."""
+    return (images * NORMALIZE_STD + NORMALIZE_MEAN).clamp(0, 1).view(-1, 1, 28, 28)
 
 
 # ---- Networks ----
@@ -75,7 +78,7 @@ def get_gen_block(in_dim, out_dim):
     """Return a block of G, from (N, in_dim) to (N, out_dim)."""
     return nn.Sequential(
         nn.Linear(in_dim, out_dim),
-        nn.BatchNorm1d(out_dim),
+        nn.BatchNorm1d(out_dim),  # centres and scales each feature over the batch
         nn.ReLU(),
     )
 
@@ -84,7 +87,7 @@ def get_disc_block(in_dim, out_dim):
     """Return a block of D, from (N, in_dim) to (N, out_dim)."""
     return nn.Sequential(
         nn.Linear(in_dim, out_dim),
-        nn.LeakyReLU(0.2),
+        nn.LeakyReLU(0.2),  # lets gradients through below 0 too
     )
 
 
@@ -94,11 +97,11 @@ class Generator(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            get_gen_block(NOISE_DIM, HIDDEN_DIM),  # (N, HIDDEN_DIM)
-            get_gen_block(HIDDEN_DIM, HIDDEN_DIM * 2),  # (N, HIDDEN_DIM * 2)
-            get_gen_block(HIDDEN_DIM * 2, HIDDEN_DIM * 4),  # (N, HIDDEN_DIM * 4)
-            get_gen_block(HIDDEN_DIM * 4, HIDDEN_DIM * 8),  # (N, HIDDEN_DIM * 8)
-            nn.Linear(HIDDEN_DIM * 8, 28 * 28),  # (N, 784)
+            get_gen_block(NOISE_DIM, 64),  # (N, 64)
+            get_gen_block(64, 128),  # (N, 128)
+            get_gen_block(128, 256),  # (N, 256)
+            get_gen_block(256, 512),  # (N, 512)
+            nn.Linear(512, 28 * 28),  # (N, 784)
             nn.Sigmoid(),
         )
 
@@ -112,10 +115,10 @@ class Discriminator(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            get_disc_block(28 * 28, HIDDEN_DIM * 4),  # (N, HIDDEN_DIM * 4)
-            get_disc_block(HIDDEN_DIM * 4, HIDDEN_DIM * 2),  # (N, HIDDEN_DIM * 2)
-            get_disc_block(HIDDEN_DIM * 2, HIDDEN_DIM),  # (N, HIDDEN_DIM)
-            nn.Linear(HIDDEN_DIM, 1),  # (N, 1)
+            get_disc_block(28 * 28, 256),  # (N, 256)
+            get_disc_block(256, 128),  # (N, 128)
+            get_disc_block(128, 64),  # (N, 64)
+            nn.Linear(64, 1),  # (N, 1)
         )
 
     def forward(self, images):
@@ -184,7 +187,8 @@ def save_checkpoint(parts, epoch):
 def load_checkpoint(parts):
     """Load the states of the parts, and return the number of completed epochs.
 
-    With its state, an optimizer gets its old learning rate and betas back.
+    An optimizer's learning rate and betas are restored as well: a resumed run does not
+    look at LEARNING_RATE and BETAS.
     """
     try:
         # weights_only: a file from elsewhere cannot run code
@@ -193,7 +197,7 @@ def load_checkpoint(parts):
             part.load_state_dict(checkpoint[name])
         return checkpoint["epoch"]
     except Exception as error:
-        sys.exit(f"{error}\n{CHECKPOINT} is damaged or of other layers: move it away.")
+        sys.exit(f"{error}\n{CHECKPOINT} is damaged or has other layers: move it away.")
 
 
 # ---- Training ----

@@ -9,7 +9,7 @@ stride 2 it doubles the sides: 7, 14, 28.
 
 Paper:  Radford et al. 2015, DCGAN, https://arxiv.org/abs/1511.06434; its layers differ
 Run:    python conv_gan.py, and beside it tensorboard --logdir runs
-Draw:   the same with TEST = True in config.py
+Draw:   set TEST = True in config.py, and run it again
 Expect: digits after 2 epochs, good ones after 5; all 100 in 5 hours
 """
 
@@ -169,7 +169,8 @@ def save_checkpoint(parts, epoch):
 def load_checkpoint(parts):
     """Load the states of the parts, and return the number of completed epochs.
 
-    With its state, an optimizer gets its old learning rate and betas back.
+    An optimizer's learning rate and betas are restored as well: a resumed run does not
+    look at LEARNING_RATE and BETAS.
     """
     try:
         # weights_only: a file from elsewhere cannot run code
@@ -178,7 +179,7 @@ def load_checkpoint(parts):
             part.load_state_dict(checkpoint[name])
         return checkpoint["epoch"]
     except Exception as error:
-        sys.exit(f"{error}\n{CHECKPOINT} is damaged or of other layers: move it away.")
+        sys.exit(f"{error}\n{CHECKPOINT} is damaged or has other layers: move it away.")
 
 
 # ---- Training ----

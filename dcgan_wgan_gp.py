@@ -7,11 +7,12 @@ its fakes:
     min over G, max over C:   mean of C(x)  -  mean of C(G(z))
 
 C's slope, the norm of its gradient with respect to an image, must not exceed 1, or C
-could raise the difference at will. Under this limit, the best difference is the
+could raise the difference at will. Under this limit, the largest difference is the
 Wasserstein distance: how far the fakes would have to move to be distributed like the
 real images. Even where a D would be sure that all fakes are fake, the distance says how
 far off they are, and the gradient of C shows G the way. WGAN limits the slope by
-clipping C's weights, WGAN-GP by a penalty on slopes other than 1.
+clipping C's weights. The best C has slope 1 between real images and fakes, so WGAN-GP
+penalises all other slopes.
 
 The difference that C reaches is only an estimate of the distance. Compare it within a
 run, or between runs with the same settings.
@@ -19,7 +20,7 @@ run, or between runs with the same settings.
 Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
         WGAN-GP https://arxiv.org/abs/1704.00028
 Run:    python dcgan_wgan_gp.py, and beside it tensorboard --logdir runs
-Draw:   the same with TEST = True in config.py
+Draw:   set TEST = True in config.py, and run it again
 Expect: the estimate rises, then falls; colours after 2 epochs
 """
 
@@ -43,8 +44,10 @@ import config
 # ---- Settings: try other values in a copy of this file ----
 NAME = Path(__file__).stem  # names all results, so that a copy starts from scratch
 DATASET = "cifar10"  # or "mnist", or a folder of pictures
-EPOCHS = 5  # one is len(images) // BATCH_SIZE steps of G; raise it to train longer
-BATCH_SIZE = 64  # real images in a critic step, and as many fakes
+EPOCHS = 5  # of len(images) // BATCH_SIZE steps of G each; raise it to train longer
+# Real images in a critic step, and as many fakes. They are few, so that G takes many
+# steps in five epochs. On a GPU, 64 with LEARNING_RATE = 2e-4 takes less time.
+BATCH_SIZE = 16
 CRITIC_STEPS = 5  # for each step of G, so that C stays near its best
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
 LEARNING_RATE = 5e-5  # Adam's step size, for both networks
@@ -176,7 +179,7 @@ def gradient_penalty(critic, real, fake):
     mixed = share * real + (1 - share) * fake
     mixed.requires_grad_()  # to differentiate C(mixed) with respect to it
     # Each score depends on its own image alone, so the gradient of their sum holds the
-    # gradient of each. create_graph lets backward() differentiate them once more.
+    # gradient of each. create_graph lets backward() differentiate these by C's weights.
     scores = critic(mixed)
     gradients = torch.autograd.grad(scores.sum(), mixed, create_graph=True)[0]
     slopes = gradients.flatten(1).norm(dim=1)  # (N,)
@@ -184,8 +187,8 @@ def gradient_penalty(critic, real, fake):
 
 
 def get_critic_loss(real_output, fake_output, penalty):
-    """Return C's loss: its scores (N, 1, 1, 1) of fakes less those of real images, on
-    average, and the penalty."""
+    """Return C's loss: the mean score of fakes minus that of real images, both
+    (N, 1, 1, 1), plus the penalty."""
     return fake_output.mean() - real_output.mean() + penalty
 
 
@@ -223,7 +226,8 @@ def save_checkpoint(parts, epoch):
 def load_checkpoint(parts):
     """Load the states of the parts, and return the number of completed epochs.
 
-    With its state, an optimizer gets its old learning rate and betas back.
+    An optimizer's learning rate and betas are restored as well: a resumed run does not
+    look at LEARNING_RATE and BETAS.
     """
     try:
         # weights_only: a file from elsewhere cannot run code
@@ -232,7 +236,7 @@ def load_checkpoint(parts):
             part.load_state_dict(checkpoint[name])
         return checkpoint["epoch"]
     except Exception as error:
-        sys.exit(f"{error}\n{CHECKPOINT} is damaged or of other layers: move it away.")
+        sys.exit(f"{error}\n{CHECKPOINT} is damaged or has other layers: move it away.")
 
 
 # ---- Training ----
@@ -273,7 +277,7 @@ def train():
     # purge_step makes TensorBoard forget what came after the checkpoint.
     writer = SummaryWriter(runs, purge_step=epochs_done * steps)
     if epochs_done == 0:
-        real_pixels = to_pixels(normalize(images[:64]))  # (64, CHANNELS, 64, 64)
+        real_pixels = to_pixels(normalize(images[:64]))
         writer.add_images("images/real", real_pixels, 0)
         save_image(real_pixels, SAMPLES / "real.png")
         pixels = draw(generator, fixed_noise)
@@ -366,7 +370,7 @@ def test():
     images = load_images()
     distances = []
     for part in images.split(1000):  # all at once would take gigabytes
-        real = to_pixels(normalize(part))  # (1000, CHANNELS, 64, 64)
+        real = to_pixels(normalize(part))  # (N, CHANNELS, 64, 64)
         distances.append(torch.cdist(samples.flatten(1), real.flatten(1)))
     nearest = images[torch.cat(distances, dim=1).argmin(dim=1)]
     nearest = to_pixels(normalize(nearest))  # (64, CHANNELS, 64, 64)

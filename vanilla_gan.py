@@ -7,11 +7,12 @@ from fakes, and G learns to fool D:
     min over G, max over D:   mean of log D(x)  +  mean of log(1 - D(G(z)))
 
 Each network has a loss of its own below. If G were perfect, D could only guess: D(x)
-would be 1/2 everywhere, and each of the two losses log 2 = 0.69.
+would be 1/2 everywhere, and each of the two losses log 2 = 0.69. The same layers with a
+better loss are in bce_logits_gan.py: let diff show you what is new.
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python vanilla_gan.py, and beside it tensorboard --logdir runs
-Draw:   the same with TEST = True in config.py
+Draw:   set TEST = True in config.py, and run it again
 Expect: digits after 5 epochs, good ones after 10; all 50 in 3 to 5 minutes
 """
 
@@ -74,10 +75,16 @@ class Generator(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(NOISE_DIM, 128),  # (N, 128)
-            nn.BatchNorm1d(128),  # centres and scales each feature over the batch
+            nn.Linear(NOISE_DIM, 64),  # (N, 64)
+            nn.BatchNorm1d(64),  # centres and scales each feature over the batch
             nn.ReLU(),
-            nn.Linear(128, 512),  # (N, 512)
+            nn.Linear(64, 128),  # (N, 128)
+            nn.BatchNorm1d(128),
+            nn.ReLU(),
+            nn.Linear(128, 256),  # (N, 256)
+            nn.BatchNorm1d(256),
+            nn.ReLU(),
+            nn.Linear(256, 512),  # (N, 512)
             nn.BatchNorm1d(512),
             nn.ReLU(),
             nn.Linear(512, 28 * 28),  # (N, 784)
@@ -98,7 +105,9 @@ class Discriminator(nn.Module):
             nn.LeakyReLU(0.2),  # lets gradients through below 0 too
             nn.Linear(256, 128),  # (N, 128)
             nn.LeakyReLU(0.2),
-            nn.Linear(128, 1),  # (N, 1)
+            nn.Linear(128, 64),  # (N, 64)
+            nn.LeakyReLU(0.2),
+            nn.Linear(64, 1),  # (N, 1)
             nn.Sigmoid(),
         )
 
@@ -173,7 +182,8 @@ def save_checkpoint(parts, epoch):
 def load_checkpoint(parts):
     """Load the states of the parts, and return the number of completed epochs.
 
-    With its state, an optimizer gets its old learning rate and betas back.
+    An optimizer's learning rate and betas are restored as well: a resumed run does not
+    look at LEARNING_RATE and BETAS.
     """
     try:
         # weights_only: a file from elsewhere cannot run code
@@ -182,7 +192,7 @@ def load_checkpoint(parts):
             part.load_state_dict(checkpoint[name])
         return checkpoint["epoch"]
     except Exception as error:
-        sys.exit(f"{error}\n{CHECKPOINT} is damaged or of other layers: move it away.")
+        sys.exit(f"{error}\n{CHECKPOINT} is damaged or has other layers: move it away.")
 
 
 # ---- Training ----

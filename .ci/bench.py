@@ -1,22 +1,22 @@
 """Measure the scripts' training speed: python .ci/bench.py [SCRIPT ...]
 
-For each script, several rounds of three measurements in turn, so that a machine that slows down slows all three, each
-in a process of its own, as memory that one has claimed makes the next one faster:
-- script:   the script itself, run as a user runs it on a cut of MNIST; the images/s it prints for its second epoch
-- bare:     the same networks, forward and backward passes and optimizer steps, again and again on one fixed batch
-- tutorial: the usual way: DataLoader with ToTensor and Normalize, Adam not fused, a generator pass for each loss,
-            a discriminator pass for each half of its batch, nothing frozen, .item() in every step
-Prints the median images/s of each, and the median over the rounds of the ratios. Close other programs first.
+For each script, three measurements take turns, so that a machine that slows down slows
+all three. Each has a process of its own, as memory that was claimed once is faster:
+
+- script:   the script's own train() on a cut of MNIST, its second epoch
+- bare:     the same arithmetic, again and again on one fixed batch
+- tutorial: the usual loop: DataLoader with transforms, Adam not fused, new fakes for
+            G's update, .item() in every step
+
+Prints the medians of images/s, and of the ratios in each round. Close other programs.
 """
 
-import contextlib
 import gzip
-import importlib.util
+import importlib
 import multiprocessing
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,195 +27,150 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each script with the steps of one measurement, some seconds long, and the settings that differ from its own.
+# Each script with the steps of one measurement, and the settings that differ
 SCRIPTS = {
     "vanilla_gan": (300, {}),
-    "bce_logits_gan": (100, {}),
-    "conv_gan": (6, {}),
-    "dcgan_wgan_gp": (8, {"DATASET": "mnist", "FEATURES": 16}),
+    "bce_logits_gan": (300, {}),
+    "conv_gan": (12, {}),
+    "dcgan_wgan_gp": (20, {"DATASET": "mnist"}),
 }
 ROUNDS = 5
 
 
-def cut_mnist(folder, count):
-    """Write the first `count` training images, and as few test images as the script needs, in MNIST's own format."""
-    folder.mkdir(parents=True)
-    for name, number in ("train", count), ("t10k", 320):
-        for kind, header, size in ("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1):
-            with gzip.open(
-                ROOT / "data" / "MNIST" / "raw" / f"{name}-{kind}-ubyte.gz"
-            ) as file:
-                start, content = bytearray(file.read(header)), file.read(number * size)
-            start[4:8] = number.to_bytes(4, "big")
-            (folder / f"{name}-{kind}-ubyte").write_bytes(start + content)
-
-
 def place(name, folder):
-    """Put a copy of the script with two epochs of the wanted length into the folder."""
+    """Put a copy of the script and a cut of MNIST into the folder."""
     steps, settings = SCRIPTS[name]
-    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    text = (ROOT / f"{name}.py").read_text("utf-8")
+    batch_size = int(re.search(r"(?m)^BATCH_SIZE = (\d+)", text)[1])
     for key, value in {"EPOCHS": 2, **settings}.items():
-        text = re.sub(
-            rf"^{key} = [^ ]+", f"{key} = {value!r}", text, flags=re.MULTILINE
-        )
-    (folder / f"{name}.py").write_text(text, encoding="utf-8")
+        text = re.sub(rf"(?m)^{key} = \S+", f"{key} = {value!r}", text)
+    (folder / f"{name}.py").write_text(text, "utf-8")
     shutil.copy(ROOT / "config.py", folder)
-    cut_mnist(folder / "data" / "MNIST" / "raw", steps * load(name, folder).BATCH_SIZE)
+    raw = folder / "data/MNIST/raw"
+    raw.mkdir(parents=True)
+    for archive in (ROOT / "data/MNIST/raw").glob("*.gz"):
+        count = 320 if "t10k" in archive.name else steps * batch_size
+        header, size = (16, 28 * 28) if "images" in archive.name else (8, 1)
+        with gzip.open(archive) as file:
+            content = bytearray(file.read(header + count * size))
+        content[4:8] = count.to_bytes(4, "big")
+        (raw / archive.stem).write_bytes(content)
 
 
 def load(name, folder):
-    """Return the script in the folder as a module."""
-    sys.path.insert(0, str(folder))  # for config.py
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Import the script from the folder."""
+    sys.path.insert(0, str(folder))
+    return importlib.import_module(name)
 
 
 def alone(measure, *arguments):
-    """Return what a function returns in a process of its own."""
+    """Call a function in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, arguments)
 
 
-def speed_of_script(name, folder):
-    """Return the images/s that the script in the folder prints for its second epoch."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    script = [sys.executable, folder / f"{name}.py"]
-    output = subprocess.run(
-        script, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-    return float(
-        re.search(r"epoch 2/2 .*?([\d,]+) images/s", output)[1].replace(",", "")
-    )
-
-
-class Game:
-    """Both networks of a script with their optimizers, and the pieces of a step."""
-
-    def __init__(self, module, device, fused):
-        self.module, self.device, self.wasserstein = (
-            module,
-            device,
-            hasattr(module, "Critic"),
-        )
-        self.generator = module.Generator().to(device)
-        self.critic = (
-            module.Critic if self.wasserstein else module.Discriminator
-        )().to(device)  # or discriminator
-        self.gen_optimizer, self.critic_optimizer = (
-            torch.optim.Adam(
-                net.parameters(),
-                module.LEARNING_RATE,
-                module.BETAS,
-                fused=True if fused else None,
-            )
-            for net in (self.generator, self.critic)
-        )
-        self.is_real = torch.ones(module.BATCH_SIZE, 1, device=device)
-        self.is_fake = torch.zeros(module.BATCH_SIZE, 1, device=device)
-        self.critic_steps = module.CRITIC_STEPS if self.wasserstein else 1
-
-    def noise(self):
-        shape = (
-            (self.module.NOISE_DIM, 1, 1)
-            if self.wasserstein
-            else (self.module.NOISE_DIM,)
-        )
-        return torch.randn(self.module.BATCH_SIZE, *shape, device=self.device)
-
-    def critic_loss(self, on_real, on_fake, real, fake):
-        if self.wasserstein:
-            penalty, _ = self.module.gradient_penalty(self.critic, real, fake)
-            return penalty - on_real.mean() + on_fake.mean()
-        return (
-            self.module.bce(on_real, self.is_real)
-            + self.module.bce(on_fake, self.is_fake)
-        ) / 2
-
-    def gen_loss(self, on_fake):
-        return (
-            -on_fake.mean()
-            if self.wasserstein
-            else self.module.bce(on_fake, self.is_real)
-        )
-
-    def speed(self, step, steps):
-        """Return the images/s of `steps` calls, after as many that are not counted."""
-        for _ in range(steps):
-            step()
-        synchronize = (
-            torch.accelerator.synchronize
-            if self.device.type != "cpu"
-            else contextlib.nullcontext
-        )
-        synchronize()
+def speed(module, device, step, steps):
+    """Return the images/s of many steps, after as many that warm up."""
+    for _ in range(2):
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         start = time.perf_counter()
         for _ in range(steps):
             step()
-        synchronize()
-        return (
-            self.module.BATCH_SIZE
-            * self.critic_steps
-            * steps
-            / (time.perf_counter() - start)
-        )
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+    images = steps * module.BATCH_SIZE * getattr(module, "CRITIC_STEPS", 1)
+    return images / (time.perf_counter() - start)
 
 
-def train(optimizer, loss):
+def pick_device():
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def parts_of(module, device, **options):
+    """Return both networks and their optimizers."""
+    networks = [module.Generator().to(device)]
+    opponent = getattr(module, "Critic", None) or module.Discriminator
+    networks.append(opponent().to(device))
+    adam = [
+        torch.optim.Adam(n.parameters(), module.LEARNING_RATE, module.BETAS, **options)
+        for n in networks
+    ]
+    return *networks, *adam
+
+
+def update(optimizer, loss):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
 
 
-def speed_of_bare_steps(name, folder):
-    """Return the images/s of the script's arithmetic alone."""
-    module, steps, device = load(name, folder), SCRIPTS[name][0], pick_device()
-    game = Game(module, device, fused=True)
-    shape = (1, 28, 28) if game.wasserstein else (28, 28)
-    real = module.normalize(
-        torch.randint(
-            256, (module.BATCH_SIZE, *shape), dtype=torch.uint8, device=device
-        )
-    )
-    noise = game.noise()
+def opponent_loss(module, opponent, real, fake):
+    """Return the loss of the discriminator or critic."""
+    outputs = opponent(real), opponent(fake)
+    if hasattr(module, "Critic"):
+        penalty, _ = module.gradient_penalty(opponent, real, fake)
+        return module.get_critic_loss(*outputs, penalty)
+    return module.get_disc_loss(*outputs)
+
+
+def noise_for(module, device):
+    dims = [1, 1] * hasattr(module, "Critic")
+    return torch.randn(module.BATCH_SIZE, module.NOISE_DIM, *dims, device=device)
+
+
+def script_speed(name, folder):
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    module, times = load(name, folder), []
+    for path in module.CHECKPOINT.parent, module.SAMPLES:
+        path.mkdir(parents=True, exist_ok=True)
+    draw = module.draw
+
+    def timed_draw(*arguments):  # at the end of each epoch
+        times.append(time.perf_counter())
+        return draw(*arguments)
+
+    def save_checkpoint(*_):
+        times.append(time.perf_counter())
+
+    module.draw, module.save_checkpoint = timed_draw, save_checkpoint
+    module.train()
+    *_, begin, end, _ = times  # of the second epoch: from the last save to its drawing
+    steps = SCRIPTS[name][0] * getattr(module, "CRITIC_STEPS", 1)
+    return steps * module.BATCH_SIZE / (end - begin)
+
+
+def bare_speed(name, folder):
+    module, device = load(name, folder), pick_device()
+    generator, opponent, gen_optimizer, optimizer = parts_of(module, device, fused=True)
+    wasserstein = hasattr(module, "Critic")
+    shape = (1, 28, 28) if wasserstein else (28, 28)
+    real = torch.randint(256, (module.BATCH_SIZE, *shape), dtype=torch.uint8)
+    real, noise = module.normalize(real.to(device)), noise_for(module, device)
 
     def step():
-        for _ in range(game.critic_steps):
-            fake = game.generator(noise)
-            on_real, on_fake = game.critic(torch.cat([real, fake.detach()])).chunk(2)
-            train(
-                game.critic_optimizer,
-                game.critic_loss(on_real, on_fake, real, fake.detach()),
-            )
-        game.critic.requires_grad_(False)
-        train(
-            game.gen_optimizer,
-            game.gen_loss(
-                game.critic(game.generator(noise) if game.wasserstein else fake)
-            ),
-        )
-        game.critic.requires_grad_(True)
+        for _ in range(getattr(module, "CRITIC_STEPS", 1)):
+            fake = generator(noise)
+            update(optimizer, opponent_loss(module, opponent, real, fake.detach()))
+        if wasserstein:
+            fake = generator(noise)
+        update(gen_optimizer, module.get_gen_loss(opponent(fake)))
 
-    return game.speed(step, steps)
+    return speed(module, device, step, SCRIPTS[name][0])
 
 
-def speed_of_tutorial(name, folder):
-    """Return the images/s of the usual way with the same networks and batch size."""
-    module, steps, device = load(name, folder), SCRIPTS[name][0], pick_device()
-    game = Game(module, device, fused=False)
+def tutorial_speed(name, folder):
+    module, device = load(name, folder), pick_device()
+    generator, opponent, gen_optimizer, optimizer = parts_of(module, device)
+    wasserstein = hasattr(module, "Critic")
     mean, std = (
-        getattr(module, "NORMALIZE_MEAN", 0.5),
-        getattr(module, "NORMALIZE_STD", 0.5),
+        getattr(module, f"NORMALIZE_{key}", 0.5) or 1e-9 for key in ("MEAN", "STD")
     )
-    if isinstance(list(module.Generator())[-1], torch.nn.Sigmoid):
-        mean, std = 0.0, 1.0
     ways = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    data = datasets.MNIST(
-        folder / "data",
-        transform=transforms.Compose([transforms.Resize(64)] * game.wasserstein + ways),
-    )
-    shape = module.normalize(torch.zeros(1, *[1] * game.wasserstein, 28, 28)).shape[1:]
+    transform = transforms.Compose([transforms.Resize(64)] * wasserstein + ways)
+    data = datasets.MNIST(folder / "data", transform=transform)
+    shape = module.normalize(torch.zeros(1, *[1] * wasserstein, 28, 28)).shape[1:]
 
     def endless():
         while True:
@@ -224,52 +179,36 @@ def speed_of_tutorial(name, folder):
     batches = endless()
 
     def step():
-        for _ in range(game.critic_steps):
+        for _ in range(getattr(module, "CRITIC_STEPS", 1)):
             real = next(batches)[0].view(-1, *shape).to(device)
-            fake = game.generator(game.noise()).detach()
-            loss = game.critic_loss(game.critic(real), game.critic(fake), real, fake)
-            train(game.critic_optimizer, loss)
-        gen_loss = game.gen_loss(game.critic(game.generator(game.noise())))
-        train(game.gen_optimizer, gen_loss)
+            fake = generator(noise_for(module, device)).detach()
+            loss = opponent_loss(module, opponent, real, fake)
+            update(optimizer, loss)
+        fake = generator(noise_for(module, device))
+        gen_loss = module.get_gen_loss(opponent(fake))
+        update(gen_optimizer, gen_loss)
         return loss.item(), gen_loss.item()
 
-    return game.speed(step, steps)
-
-
-def pick_device():
-    return (
-        torch.accelerator.current_accelerator()
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
+    return speed(module, device, step, SCRIPTS[name][0])
 
 
 if __name__ == "__main__":
-    device = pick_device()
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"torch {torch.__version__} on {device}{threads}; medians of {ROUNDS} rounds")
-    print(
-        f"{'script':16}{'script':>12}{'bare':>12}{'tutorial':>12}{'script/bare':>14}{'script/tutorial':>18}"
-    )
+    print(f"torch {torch.__version__} on {pick_device()}, medians of {ROUNDS} rounds")
+    print(f"{torch.get_num_threads()} threads, columns in images/s, then ratios")
+    print("script            script   bare  tutorial  script/bare  script/tutorial")
     for name in sys.argv[1:] or SCRIPTS:
         name, rounds = name.removesuffix(".py"), []
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             place(name, folder)
             for _ in range(ROUNDS):
-                rounds.append(
-                    (
-                        speed_of_script(name, folder),
-                        alone(speed_of_bare_steps, name, folder),
-                        alone(speed_of_tutorial, name, folder),
-                    )
-                )
-        script, bare, tutorial = (statistics.median(speeds) for speeds in zip(*rounds))
-        to_bare = statistics.median(script / bare for script, bare, _ in rounds)
-        to_tutorial = statistics.median(
-            script / tutorial for script, _, tutorial in rounds
-        )
+                measures = script_speed, bare_speed, tutorial_speed
+                rounds.append([alone(measure, name, folder) for measure in measures])
+        script, bare, tutorial = (statistics.median(column) for column in zip(*rounds))
+        to_bare = statistics.median(s / b for s, b, _ in rounds)
+        to_tutorial = statistics.median(s / t for s, _, t in rounds)
         print(
-            f"{name:16}{script:10,.0f}/s{bare:10,.0f}/s{tutorial:10,.0f}/s{to_bare:13.2f}x{to_tutorial:17.2f}x",
+            f"{name:16}{script:8.0f}{bare:7.0f}{tutorial:10.0f}"
+            f"{to_bare:13.2f}{to_tutorial:17.2f}",
             flush=True,
         )
