@@ -140,16 +140,16 @@ def draw(generator, noise):
 def share_near(images, others, k=5):
     """Return the share of images (N, ...) near at least one of others (M, ...).
 
-    Each of the others reaches as far as to its k-th nearest neighbour among them, and
-    images within its reach are near. Precision is the share of fakes near real images.
-    Recall is the share of real images near fakes, which is low if G draws few kinds of
-    digits. With training images in place of fakes, both are 0.94.
+    Each of the others has a radius: the distance to its k-th nearest neighbour among
+    them. An image within the radius of any of them is near. Precision is the share of
+    fakes near real images. Recall is the share of real images near fakes, which is low
+    if G draws few kinds of digits. Even training images in place of fakes reach 0.94.
     Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
     """
     images, others = images.flatten(1), others.flatten(1)
-    # Sorted, each image itself comes first, and its k-th neighbour has index k.
-    reach = torch.cdist(others, others).sort(dim=1).values[:, k]  # (M,)
-    near = torch.cdist(images, others) <= reach  # (N, M)
+    # In each sorted row the image itself comes first, and its k-th neighbour at index k.
+    radius = torch.cdist(others, others).sort(dim=1).values[:, k]  # (M,)
+    near = torch.cdist(images, others) <= radius  # (N, M)
     return near.any(dim=1).float().mean().item()
 
 
@@ -163,7 +163,7 @@ def save_checkpoint(parts, epoch):
     checkpoint["epoch"] = epoch
     new = CHECKPOINT.with_suffix(".tmp")
     torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # a kill while saving leaves the old file whole
+    new.replace(CHECKPOINT)  # if the run is killed while saving, the old file survives
 
 
 def load_checkpoint(parts):
@@ -230,7 +230,7 @@ def train():
 
     for epoch in range(epochs_done + 1, EPOCHS + 1):
         start = time.time()
-        # A seed for each epoch: a resumed run draws the same random numbers.
+        # Each epoch has its own seed: if it is interrupted, it starts again the same.
         torch.manual_seed(10_000 * config.SEED + epoch)
         batches = torch.randperm(len(images), device=device).split(BATCH_SIZE)[:steps]
         disc_sum = gen_sum = 0
@@ -301,7 +301,7 @@ def test():
     steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
     save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
 
-    # Not all of epoch_*.png, as an older and longer run may have left some.
+    # Only this run's pictures: an older, longer one may have left more.
     paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
     film = [Image.open(path).copy() for path in paths if path.exists()]
     if film:

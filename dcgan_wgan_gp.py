@@ -220,7 +220,7 @@ def save_checkpoint(parts, epoch):
     checkpoint["epoch"] = epoch
     new = CHECKPOINT.with_suffix(".tmp")
     torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # a kill while saving leaves the old file whole
+    new.replace(CHECKPOINT)  # if the run is killed while saving, the old file survives
 
 
 def load_checkpoint(parts):
@@ -286,7 +286,7 @@ def train():
 
     for epoch in range(epochs_done + 1, EPOCHS + 1):
         start = time.time()
-        # A seed for each epoch: a resumed run draws the same random numbers.
+        # Each epoch has its own seed: if it is interrupted, it starts again the same.
         torch.manual_seed(10_000 * config.SEED + epoch)
         critic_sum = gen_sum = estimate_sum = 0
         for step in range((epoch - 1) * steps, epoch * steps):
@@ -359,7 +359,7 @@ def test():
     steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
     save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
 
-    # Not all of epoch_*.png, as an older and longer run may have left some.
+    # Only this run's pictures: an older, longer one may have left more.
     paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
     film = [Image.open(path).reduce(2) for path in paths if path.exists()]
     if film:

@@ -8,7 +8,7 @@ from fakes, and G learns to fool D:
 
 Each network has a loss of its own below. If G were perfect, D could only guess: D(x)
 would be 1/2 everywhere, and each of the two losses log 2 = 0.69. The same layers with a
-better loss are in bce_logits_gan.py: let diff show you what is new.
+better loss are in bce_logits_gan.py: compare the two files with diff.
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python vanilla_gan.py, and beside it tensorboard --logdir runs
@@ -116,8 +116,8 @@ class Discriminator(nn.Module):
 
 
 # ---- Losses ----
-# The mean of -log p where the target is 1, and of -log(1 - p) where it is 0. An error
-# that p should be between 0 and 1 means that p is NaN: lower LEARNING_RATE in a copy.
+# The mean of -log p where the target is 1, and of -log(1 - p) where it is 0. If BCELoss
+# complains that p is not between 0 and 1, p is NaN: lower LEARNING_RATE in a copy.
 bce = nn.BCELoss()
 
 
@@ -131,8 +131,9 @@ def get_disc_loss(real_output, fake_output):
 def get_gen_loss(fake_output):
     """Return G's loss from D's outputs for fakes (N, 1), which G wants to be 1.
 
-    This is -log D(G(z)), as the paper advises. From the log(1 - D(G(z))) of equation 1,
-    G hardly learns while D is sure of its fakes: D's sigmoid is flat there.
+    This is -log D(G(z)), as the paper advises. With the log(1 - D(G(z))) of equation 1,
+    G hardly learns while D easily spots its fakes: D's sigmoid is flat there, and only
+    -log D(G(z)) is steep enough to make up for it.
     """
     return bce(fake_output, torch.ones_like(fake_output))
 
@@ -153,16 +154,16 @@ def draw(generator, noise):
 def share_near(images, others, k=5):
     """Return the share of images (N, ...) near at least one of others (M, ...).
 
-    Each of the others reaches as far as to its k-th nearest neighbour among them, and
-    images within its reach are near. Precision is the share of fakes near real images.
-    Recall is the share of real images near fakes, which is low if G draws few kinds of
-    digits. With training images in place of fakes, both are 0.94.
+    Each of the others has a radius: the distance to its k-th nearest neighbour among
+    them. An image within the radius of any of them is near. Precision is the share of
+    fakes near real images. Recall is the share of real images near fakes, which is low
+    if G draws few kinds of digits. Even training images in place of fakes reach 0.94.
     Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
     """
     images, others = images.flatten(1), others.flatten(1)
-    # Sorted, each image itself comes first, and its k-th neighbour has index k.
-    reach = torch.cdist(others, others).sort(dim=1).values[:, k]  # (M,)
-    near = torch.cdist(images, others) <= reach  # (N, M)
+    # In each sorted row the image itself comes first, and its k-th neighbour at index k.
+    radius = torch.cdist(others, others).sort(dim=1).values[:, k]  # (M,)
+    near = torch.cdist(images, others) <= radius  # (N, M)
     return near.any(dim=1).float().mean().item()
 
 
@@ -176,7 +177,7 @@ def save_checkpoint(parts, epoch):
     checkpoint["epoch"] = epoch
     new = CHECKPOINT.with_suffix(".tmp")
     torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # a kill while saving leaves the old file whole
+    new.replace(CHECKPOINT)  # if the run is killed while saving, the old file survives
 
 
 def load_checkpoint(parts):
@@ -243,7 +244,7 @@ def train():
 
     for epoch in range(epochs_done + 1, EPOCHS + 1):
         start = time.time()
-        # A seed for each epoch: a resumed run draws the same random numbers.
+        # Each epoch has its own seed: if it is interrupted, it starts again the same.
         torch.manual_seed(10_000 * config.SEED + epoch)
         batches = torch.randperm(len(images), device=device).split(BATCH_SIZE)[:steps]
         disc_sum = gen_sum = 0
@@ -314,7 +315,7 @@ def test():
     steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
     save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
 
-    # Not all of epoch_*.png, as an older and longer run may have left some.
+    # Only this run's pictures: an older, longer one may have left more.
     paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
     film = [Image.open(path).copy() for path in paths if path.exists()]
     if film:
