@@ -147,7 +147,7 @@ def share_near(images, others, k=5):
     Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
     """
     images, others = images.flatten(1), others.flatten(1)
-    # In each sorted row the image itself comes first, and its k-th neighbour at index k.
+    # In each sorted row, the image itself comes first, its k-th neighbour at index k.
     radius = torch.cdist(others, others).sort(dim=1).values[:, k]  # (M,)
     near = torch.cdist(images, others) <= radius  # (N, M)
     return near.any(dim=1).float().mean().item()
