@@ -10,7 +10,7 @@ stride 2 it doubles the sides: 7, 14, 28.
 Paper:  Radford et al. 2015, DCGAN, https://arxiv.org/abs/1511.06434; its layers differ
 Run:    python conv_gan.py, and beside it tensorboard --logdir runs
 Draw:   set TEST = True in config.py, and run it again
-Expect: digits after 2 epochs, good ones after 5; all 100 in 5 hours
+Expect: digits after 2 epochs, good ones after 5; all 100 in 5 to 10 hours on a CPU
 """
 
 import sys

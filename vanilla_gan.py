@@ -13,7 +13,7 @@ better loss are in bce_logits_gan.py: compare the two files with diff.
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python vanilla_gan.py, and beside it tensorboard --logdir runs
 Draw:   set TEST = True in config.py, and run it again
-Expect: digits after 5 epochs, good ones after 10; all 50 in 3 to 5 minutes
+Expect: digits after 5 epochs, good ones after 12; all 50 in 3 to 8 minutes on a CPU
 """
 
 import sys

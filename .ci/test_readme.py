@@ -64,7 +64,7 @@ def test_the_diffs_of_the_exercises(name, source):
     (diff,) = (block for block in blocks("diff") if f"+++ {name}.py" in block)
     patch = script.with_name("answer.diff")
     patch.write_text(diff, "utf-8")
-    command = ["git", "apply", "-p0", patch.name]
+    command = ["git", "apply", "-p0", "--unidiff-zero", patch.name]
     subprocess.run(command, cwd=script.parent, check=True)
     text = target.read_text("utf-8")
     assert text != script.read_text("utf-8")
