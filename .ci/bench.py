@@ -11,8 +11,10 @@ all three. Each has a process of its own, as memory that was claimed once is fas
 Prints the medians of images/s, and of the ratios in each round. Close other programs.
 """
 
+import contextlib
 import gzip
 import importlib
+import io
 import multiprocessing
 import re
 import shutil
@@ -135,7 +137,8 @@ def script_speed(name, folder):
         times.append(time.perf_counter())
 
     module.draw, module.save_checkpoint = timed_draw, save_checkpoint
-    module.train()
+    with contextlib.redirect_stdout(io.StringIO()):
+        module.train()
     *_, begin, end, _ = times  # of the second epoch: from the last save to its drawing
     steps = SCRIPTS[name][0] * getattr(module, "CRITIC_STEPS", 1)
     return steps * module.BATCH_SIZE / (end - begin)
@@ -164,9 +167,8 @@ def tutorial_speed(name, folder):
     module, device = load(name, folder), pick_device()
     generator, opponent, gen_optimizer, optimizer = parts_of(module, device)
     wasserstein = hasattr(module, "Critic")
-    mean, std = (
-        getattr(module, f"NORMALIZE_{key}", 0.5) or 1e-9 for key in ("MEAN", "STD")
-    )
+    mean = getattr(module, "NORMALIZE_MEAN", 0.5)
+    std = getattr(module, "NORMALIZE_STD", 0.5)
     ways = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     transform = transforms.Compose([transforms.Resize(64)] * wasserstein + ways)
     data = datasets.MNIST(folder / "data", transform=transform)
