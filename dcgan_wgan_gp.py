@@ -47,7 +47,7 @@ NAME = Path(__file__).stem  # names all results, so that a copy starts from scra
 DATASET = "cifar10"  # or "mnist", or a folder of pictures
 EPOCHS = 5  # of len(images) // BATCH_SIZE steps of G each; raise it to train longer
 # Real images in a critic step, and as many fakes. They are few, so that G takes many
-# steps in five epochs. On a GPU, 64 with LEARNING_RATE = 2e-4 takes less time.
+# steps in five epochs. On a GPU, try 64 with LEARNING_RATE = 2e-4: fewer, larger steps.
 BATCH_SIZE = 16
 CRITIC_STEPS = 5  # for each step of G, so that C stays near its best
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
