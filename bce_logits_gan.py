@@ -1,16 +1,16 @@
 """Logits GAN: the game of vanilla_gan.py with a numerically stable loss.
 
-There, D ends in a sigmoid, and BCELoss takes its logarithm. Call D's output before the
-sigmoid the logit s: D(x) is sigmoid(s). In float32, both networks can lose their
-gradient:
+In vanilla_gan.py, D ends in a sigmoid, and BCELoss takes its logarithm. Call D's output
+before the sigmoid the logit s: D(x) is sigmoid(s). In float32, both networks can lose
+their gradient:
 
 - For a fake with s of 17 or more, sigmoid(s) is rounded to 1, where its slope is 0. D
   learns nothing from its greatest mistakes.
 - For a fake with s below -28, the gradient of BCELoss is too small, as it never divides
-  by less than 1e-12. G should get -1, and gets -0.09 at -30 and -4e-6 at -40.
+  by less than 1e-12. It should be -1, but is -0.09 at s = -30 and -4e-6 at -40.
 
-Here, D ends in the logit, and BCEWithLogitsLoss computes sigmoid and logarithm in one,
-with an exp() that never exceeds 1:
+Here, D ends in the logit, and BCEWithLogitsLoss computes sigmoid and logarithm in one
+step, in which exp() never exceeds 1:
 
     -log sigmoid(s)  =  log(1 + exp(-s))  =  max(0, -s) + log(1 + exp(-|s|))
 
@@ -37,7 +37,7 @@ from torchvision.utils import save_image
 import config
 
 # ---- Settings: try other values in a copy of this file ----
-NAME = Path(__file__).stem  # names all results, so that a copy starts from scratch
+NAME = Path(__file__).stem  # names the results: a copy of this file gets its own
 EPOCHS = 50  # passes over the training images; raise it to train longer
 BATCH_SIZE = 128  # real images in a step, and as many fakes
 LEARNING_RATE = 3e-4  # Adam's step size, for both networks
@@ -64,7 +64,7 @@ def load_images(train):
 
 
 def normalize(images):
-    """Turn uint8 images (N, 28, 28) into what D sees and G imitates: float (N, 784)."""
+    """Turn uint8 images (N, 28, 28) into the images that D gets: float (N, 784)."""
     return (images.flatten(1) / 255 - NORMALIZE_MEAN) / NORMALIZE_STD
 
 
@@ -122,16 +122,16 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images):
-        # 0 to 1 becomes -1 to 1, as a black 0 would give its weights no gradient.
+        # 0 to 1 becomes -1 to 1: the weights of a pixel of 0 would get no gradient.
         return self.layers(2 * images - 1)
 
 
 # ---- Losses ----
-bce = nn.BCEWithLogitsLoss()  # for target 0, 1 - sigmoid(s) = sigmoid(-s)
+bce = nn.BCEWithLogitsLoss()  # if the target is 0, with -s in place of s
 
 
 def get_disc_loss(real_output, fake_output):
-    """Return D's loss from its logits (N, 1): > 0 is right if real, < 0 if fake."""
+    """Return D's loss from its logits (N, 1), high if it takes an image for real."""
     real_loss = bce(real_output, torch.ones_like(real_output))
     fake_loss = bce(fake_output, torch.zeros_like(fake_output))
     return (real_loss + fake_loss) / 2  # halved, to be on the scale of G's loss
@@ -158,10 +158,10 @@ def draw(generator, noise):
 def share_near(images, others, k=5):
     """Return the share of images (N, ...) near at least one of others (M, ...).
 
-    Each of the others has a radius: the distance to its k-th nearest neighbour among
-    them. An image within the radius of any of them is near. Precision is the share of
-    fakes near real images. Recall is the share of real images near fakes, which is low
-    if G draws few kinds of digits. Even training images in place of fakes reach 0.94.
+    The radius of each of the others is the distance to its k-th nearest neighbour among
+    the others. An image is near if it lies within at least one radius. Precision is the
+    share of fakes near real images. Recall is the share of real images near fakes, and
+    low if fakes are alike. Even training images in place of fakes reach 0.94 in both.
     Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
     """
     images, others = images.flatten(1), others.flatten(1)
@@ -187,8 +187,8 @@ def save_checkpoint(parts, epoch):
 def load_checkpoint(parts):
     """Load the states of the parts, and return the number of completed epochs.
 
-    An optimizer's learning rate and betas are restored as well: a resumed run does not
-    look at LEARNING_RATE and BETAS.
+    An optimizer's learning rate and betas are restored as well: a resumed run ignores
+    LEARNING_RATE and BETAS.
     """
     try:
         # weights_only: a file from elsewhere cannot run code
@@ -197,7 +197,7 @@ def load_checkpoint(parts):
             part.load_state_dict(checkpoint[name])
         return checkpoint["epoch"]
     except Exception as error:
-        sys.exit(f"{error}\n{CHECKPOINT} is damaged or has other layers: move it away.")
+        sys.exit(f"{error}\n{CHECKPOINT} is damaged or does not fit: move it away.")
 
 
 # ---- Training ----
@@ -212,7 +212,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. Add a scheduler here, and step it before each save.
+    # A checkpoint holds these. If you add a scheduler, do so before the first epoch, and
+    # step it before each save.
     parts = {
         "generator": generator,
         "discriminator": discriminator,
@@ -248,7 +249,7 @@ def train():
 
     for epoch in range(epochs_done + 1, EPOCHS + 1):
         start = time.time()
-        # Each epoch has its own seed: if it is interrupted, it starts again the same.
+        # Each epoch has its own seed, so that an interrupted one is repeated exactly.
         torch.manual_seed(10_000 * config.SEED + epoch)
         batches = torch.randperm(len(images), device=device).split(BATCH_SIZE)[:steps]
         disc_sum = gen_sum = 0

@@ -43,7 +43,7 @@ from torchvision.utils import save_image
 import config
 
 # ---- Settings: try other values in a copy of this file ----
-NAME = Path(__file__).stem  # names all results, so that a copy starts from scratch
+NAME = Path(__file__).stem  # names the results: a copy of this file gets its own
 DATASET = "cifar10"  # or "mnist", or a folder of pictures
 EPOCHS = 5  # of len(images) // BATCH_SIZE steps of G each; raise it to train longer
 # Real images in a critic step, and as many fakes. They are few, so that G takes many
@@ -227,8 +227,8 @@ def save_checkpoint(parts, epoch):
 def load_checkpoint(parts):
     """Load the states of the parts, and return the number of completed epochs.
 
-    An optimizer's learning rate and betas are restored as well: a resumed run does not
-    look at LEARNING_RATE and BETAS.
+    An optimizer's learning rate and betas are restored as well: a resumed run ignores
+    LEARNING_RATE and BETAS.
     """
     try:
         # weights_only: a file from elsewhere cannot run code
@@ -237,7 +237,7 @@ def load_checkpoint(parts):
             part.load_state_dict(checkpoint[name])
         return checkpoint["epoch"]
     except Exception as error:
-        sys.exit(f"{error}\n{CHECKPOINT} is damaged or has other layers: move it away.")
+        sys.exit(f"{error}\n{CHECKPOINT} is damaged or does not fit: move it away.")
 
 
 # ---- Training ----
@@ -252,7 +252,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     critic_optimizer = Adam(critic.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. Add a scheduler here, and step it before each save.
+    # A checkpoint holds these. If you add a scheduler, do so before the first epoch, and
+    # step it before each save.
     parts = {
         "generator": generator,
         "critic": critic,
@@ -287,7 +288,7 @@ def train():
 
     for epoch in range(epochs_done + 1, EPOCHS + 1):
         start = time.time()
-        # Each epoch has its own seed: if it is interrupted, it starts again the same.
+        # Each epoch has its own seed, so that an interrupted one is repeated exactly.
         torch.manual_seed(10_000 * config.SEED + epoch)
         critic_sum = gen_sum = estimate_sum = 0
         for step in range((epoch - 1) * steps, epoch * steps):

@@ -1,4 +1,4 @@
-"""Vanilla GAN: a network learns to draw digits by playing against another.
+"""Vanilla GAN: one network learns to draw digits by playing against another.
 
 The generator G turns random noise z into an image, a fake. The discriminator D sees an
 image x and answers D(x), the probability that x is real. D learns to tell real images
@@ -6,9 +6,9 @@ from fakes, and G learns to fool D:
 
     min over G, max over D:   mean of log D(x)  +  mean of log(1 - D(G(z)))
 
-Each network has a loss of its own below. If G were perfect, D could only guess: D(x)
-would be 1/2 everywhere, and each of the two losses log 2 = 0.69. The same layers with a
-better loss are in bce_logits_gan.py: compare the two files with diff.
+Below, each network has a loss of its own. If G were perfect, D could only guess: D(x)
+would be 1/2 everywhere, and both losses log 2 = 0.69. The same layers with a numerically
+stable loss are in bce_logits_gan.py: compare the two files with diff.
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python vanilla_gan.py, and beside it tensorboard --logdir runs
@@ -31,7 +31,7 @@ from torchvision.utils import save_image
 import config
 
 # ---- Settings: try other values in a copy of this file ----
-NAME = Path(__file__).stem  # names all results, so that a copy starts from scratch
+NAME = Path(__file__).stem  # names the results: a copy of this file gets its own
 EPOCHS = 50  # passes over the training images; raise it to train longer
 BATCH_SIZE = 128  # real images in a step, and as many fakes
 LEARNING_RATE = 3e-4  # Adam's step size, for both networks
@@ -59,7 +59,7 @@ def load_images(train):
 
 
 def normalize(images):
-    """Turn uint8 images (N, 28, 28) into what D sees and G imitates: float (N, 784)."""
+    """Turn uint8 images (N, 28, 28) into the images that D gets: float (N, 784)."""
     return (images.flatten(1) / 255 - NORMALIZE_MEAN) / NORMALIZE_STD
 
 
@@ -122,7 +122,7 @@ bce = nn.BCELoss()
 
 
 def get_disc_loss(real_output, fake_output):
-    """Return D's loss from its outputs (N, 1): 1 is right if real, 0 if fake."""
+    """Return D's loss from its outputs (N, 1), which should be 1 if real, 0 if fake."""
     real_loss = bce(real_output, torch.ones_like(real_output))
     fake_loss = bce(fake_output, torch.zeros_like(fake_output))
     return (real_loss + fake_loss) / 2  # halved, to be on the scale of G's loss
@@ -131,9 +131,9 @@ def get_disc_loss(real_output, fake_output):
 def get_gen_loss(fake_output):
     """Return G's loss from D's outputs for fakes (N, 1), which G wants to be 1.
 
-    This is -log D(G(z)), as the paper advises. With the log(1 - D(G(z))) of equation 1,
-    G hardly learns while D easily spots its fakes: D's sigmoid is flat there, and only
-    -log D(G(z)) is steep enough to make up for it.
+    This is -log D(G(z)), as the paper advises. Equation 1 has log(1 - D(G(z))) instead.
+    Where D is sure that a fake is fake, its sigmoid is flat, and G would hardly learn
+    from that. -log is so steep there that it makes up for the sigmoid.
     """
     return bce(fake_output, torch.ones_like(fake_output))
 
@@ -154,10 +154,10 @@ def draw(generator, noise):
 def share_near(images, others, k=5):
     """Return the share of images (N, ...) near at least one of others (M, ...).
 
-    Each of the others has a radius: the distance to its k-th nearest neighbour among
-    them. An image within the radius of any of them is near. Precision is the share of
-    fakes near real images. Recall is the share of real images near fakes, which is low
-    if G draws few kinds of digits. Even training images in place of fakes reach 0.94.
+    The radius of each of the others is the distance to its k-th nearest neighbour among
+    the others. An image is near if it lies within at least one radius. Precision is the
+    share of fakes near real images. Recall is the share of real images near fakes, and
+    low if fakes are alike. Even training images in place of fakes reach 0.94 in both.
     Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
     """
     images, others = images.flatten(1), others.flatten(1)
@@ -183,8 +183,8 @@ def save_checkpoint(parts, epoch):
 def load_checkpoint(parts):
     """Load the states of the parts, and return the number of completed epochs.
 
-    An optimizer's learning rate and betas are restored as well: a resumed run does not
-    look at LEARNING_RATE and BETAS.
+    An optimizer's learning rate and betas are restored as well: a resumed run ignores
+    LEARNING_RATE and BETAS.
     """
     try:
         # weights_only: a file from elsewhere cannot run code
@@ -193,7 +193,7 @@ def load_checkpoint(parts):
             part.load_state_dict(checkpoint[name])
         return checkpoint["epoch"]
     except Exception as error:
-        sys.exit(f"{error}\n{CHECKPOINT} is damaged or has other layers: move it away.")
+        sys.exit(f"{error}\n{CHECKPOINT} is damaged or does not fit: move it away.")
 
 
 # ---- Training ----
@@ -208,7 +208,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. Add a scheduler here, and step it before each save.
+    # A checkpoint holds these. If you add a scheduler, do so before the first epoch, and
+    # step it before each save.
     parts = {
         "generator": generator,
         "discriminator": discriminator,
@@ -244,7 +245,7 @@ def train():
 
     for epoch in range(epochs_done + 1, EPOCHS + 1):
         start = time.time()
-        # Each epoch has its own seed: if it is interrupted, it starts again the same.
+        # Each epoch has its own seed, so that an interrupted one is repeated exactly.
         torch.manual_seed(10_000 * config.SEED + epoch)
         batches = torch.randperm(len(images), device=device).split(BATCH_SIZE)[:steps]
         disc_sum = gen_sum = 0
