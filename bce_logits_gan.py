@@ -18,7 +18,7 @@ Also new: functions build the same layers from blocks, and G ends in a sigmoid.
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python bce_logits_gan.py, and beside it tensorboard --logdir runs
-Draw:   set TEST = True in config.py, and run it again
+Draw:   set TRAIN = False and TEST = True in config.py, and run it again
 Expect: digits after 5 epochs, good ones after 12; all 50 in 3 to 8 minutes on a CPU
 """
 
@@ -212,8 +212,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. If you add a scheduler, do so before the first epoch, and
-    # step it before each save.
+    # A checkpoint holds these. If you add a scheduler, do so before the first epoch,
+    # and step it before each save.
     parts = {
         "generator": generator,
         "discriminator": discriminator,
@@ -320,7 +320,7 @@ def test():
     steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
     save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
 
-    # Only this run's pictures: an older, longer one may have left more.
+    # Only this run's pictures: an older, longer run may have left more of them.
     paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
     film = [Image.open(path).copy() for path in paths if path.exists()]
     if film:

@@ -9,8 +9,8 @@ stride 2 it doubles the sides: 7, 14, 28.
 
 Paper:  Radford et al. 2015, DCGAN, https://arxiv.org/abs/1511.06434; its layers differ
 Run:    python conv_gan.py, and beside it tensorboard --logdir runs
-Draw:   set TEST = True in config.py, and run it again
-Expect: digits after 2 epochs, good ones after 5; all 100 in 5 to 10 hours on a CPU
+Draw:   set TRAIN = False and TEST = True in config.py, and run it again
+Expect: digits after 2 epochs, good ones after 5; all 100 in 4 to 10 hours on a CPU
 """
 
 import sys
@@ -194,8 +194,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. If you add a scheduler, do so before the first epoch, and
-    # step it before each save.
+    # A checkpoint holds these. If you add a scheduler, do so before the first epoch,
+    # and step it before each save.
     parts = {
         "generator": generator,
         "discriminator": discriminator,
@@ -302,7 +302,7 @@ def test():
     steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
     save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
 
-    # Only this run's pictures: an older, longer one may have left more.
+    # Only this run's pictures: an older, longer run may have left more of them.
     paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
     film = [Image.open(path).copy() for path in paths if path.exists()]
     if film:

@@ -7,12 +7,12 @@ its fakes:
     min over G, max over C:   mean of C(x)  -  mean of C(G(z))
 
 C's slope, the norm of its gradient with respect to an image, must not exceed 1, or C
-could raise the difference at will. Under this limit, the largest difference is the
-Wasserstein distance: how far the fakes would have to move to be distributed like the
-real images. Even where a D would be sure that all fakes are fake, the distance says how
-far off they are, and the gradient of C shows G the way. WGAN limits the slope by
-clipping C's weights. The best C has slope 1 between real images and fakes, so WGAN-GP
-penalises all other slopes.
+could raise the difference by scaling its scores. Under this limit, the largest
+difference is the Wasserstein distance: how far the fakes would have to move to be
+distributed like the real images. Even where a D would be sure that all fakes are fake,
+the distance says how far off they are, and the gradient of C shows G the way. WGAN
+limits the slope by clipping C's weights. The best C has slope 1 between real images and
+fakes, so WGAN-GP penalises all other slopes.
 
 The difference that C reaches is only an estimate of the distance. Compare it within a
 run, or between runs with the same settings.
@@ -20,7 +20,7 @@ run, or between runs with the same settings.
 Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
         WGAN-GP https://arxiv.org/abs/1704.00028
 Run:    python dcgan_wgan_gp.py, and beside it tensorboard --logdir runs
-Draw:   set TEST = True in config.py, and run it again
+Draw:   set TRAIN = False and TEST = True in config.py, and run it again
 Expect: the estimate rises, then falls; colours after an epoch, which takes 10 to 20
         minutes on a CPU, and objects before a background after five
 """
@@ -45,9 +45,9 @@ import config
 # ---- Settings: try other values in a copy of this file ----
 NAME = Path(__file__).stem  # names the results: a copy of this file gets its own
 DATASET = "cifar10"  # or "mnist", or a folder of pictures
-EPOCHS = 5  # of len(images) // BATCH_SIZE steps of G each; raise it to train longer
-# Real images in a critic step, and as many fakes. They are few, so that G takes many
-# steps in five epochs. On a GPU, try 64 with LEARNING_RATE = 2e-4: fewer, larger steps.
+EPOCHS = 5  # each has len(images) // BATCH_SIZE steps of G; raise it to train longer
+# Real images in a critic step, and as many fakes. A small batch gives G many steps in
+# five epochs. On a GPU, try 64 with LEARNING_RATE = 2e-4: fewer, larger steps.
 BATCH_SIZE = 16
 CRITIC_STEPS = 5  # for each step of G, so that C stays near its best
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
@@ -57,7 +57,7 @@ LEARNING_RATE = 5e-5  # Adam's step size, for both networks
 BETAS = (0.0, 0.9)
 NOISE_DIM = 100  # random numbers from which G makes one image
 FEATURES = 16  # channels at 32x32, more at smaller sizes; on a GPU try 64
-CHANNELS = 1 if DATASET == "mnist" else 3  # of an image: 1 is grey, 3 is colour
+CHANNELS = 1 if DATASET == "mnist" else 3  # 1 makes the pictures of a folder grey
 TEST_SEED = 1  # another seed draws other samples
 LOG_EVERY = 20  # steps of G between two points of a curve
 
@@ -252,8 +252,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     critic_optimizer = Adam(critic.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. If you add a scheduler, do so before the first epoch, and
-    # step it before each save.
+    # A checkpoint holds these. If you add a scheduler, do so before the first epoch,
+    # and step it before each save.
     parts = {
         "generator": generator,
         "critic": critic,
@@ -361,7 +361,7 @@ def test():
     steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
     save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
 
-    # Only this run's pictures: an older, longer one may have left more.
+    # Only this run's pictures: an older, longer run may have left more of them.
     paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
     film = [Image.open(path).reduce(2) for path in paths if path.exists()]
     if film:

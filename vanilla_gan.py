@@ -7,12 +7,12 @@ from fakes, and G learns to fool D:
     min over G, max over D:   mean of log D(x)  +  mean of log(1 - D(G(z)))
 
 Below, each network has a loss of its own. If G were perfect, D could only guess: D(x)
-would be 1/2 everywhere, and both losses log 2 = 0.69. The same layers with a numerically
-stable loss are in bce_logits_gan.py: compare the two files with diff.
+would be 1/2 everywhere, and both losses log 2 = 0.69. bce_logits_gan.py has the same
+layers and a numerically stable loss: compare the two files with diff.
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python vanilla_gan.py, and beside it tensorboard --logdir runs
-Draw:   set TEST = True in config.py, and run it again
+Draw:   set TRAIN = False and TEST = True in config.py, and run it again
 Expect: digits after 5 epochs, good ones after 12; all 50 in 3 to 8 minutes on a CPU
 """
 
@@ -208,8 +208,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. If you add a scheduler, do so before the first epoch, and
-    # step it before each save.
+    # A checkpoint holds these. If you add a scheduler, do so before the first epoch,
+    # and step it before each save.
     parts = {
         "generator": generator,
         "discriminator": discriminator,
@@ -316,7 +316,7 @@ def test():
     steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
     save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
 
-    # Only this run's pictures: an older, longer one may have left more.
+    # Only this run's pictures: an older, longer run may have left more of them.
     paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
     film = [Image.open(path).copy() for path in paths if path.exists()]
     if film:
