@@ -5,6 +5,7 @@ MNIST, and changes settings on their own lines. No test needs a network.
 """
 
 import contextlib
+import functools
 import gzip
 import importlib
 import io
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,14 +93,6 @@ def copy(script):
     return shutil.copytree(script.parent, folder, dirs_exist_ok=True) / script.name
 
 
-def start(*arguments):
-    """Run Python in a process of its own, from another folder than the script's."""
-    command = [sys.executable, "-B", *arguments]
-    return subprocess.run(
-        command, cwd=HERE, text=True, capture_output=True, check=False
-    )
-
-
 def load(script, run_name=None):
     """Run a script in this process, which is faster. Return its names."""
     with pytest.MonkeyPatch.context() as patch:
@@ -171,34 +163,19 @@ def assert_same(script, other):
     assert pictures == others
 
 
-KILLED_BEFORE = {
-    V: "disc_optimizer.zero_grad()",
-    B: "new.replace(CHECKPOINT)",
-    C: "save_checkpoint(parts, epoch)",
-    W: "gen_optimizer.zero_grad()",
-}
-
-
-@pytest.fixture(scope="session")
-def trained():
-    """Train each script in the background, once to the end, and once killed in epoch 3.
-    Return a function that gives the script and its finished process."""
-    made = {}
-    for name, line in KILLED_BEFORE.items():
-        made[name, "whole"], made[name, "killed"] = place(name), place(name)
-        kill = "if epoch == 3: import os; os._exit(9)"
-        insert(made[name, "killed"], kill, line)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {key: pool.submit(start, script) for key, script in made.items()}
-        yield lambda name, how="whole": (made[name, how], runs[name, how].result())
+@functools.cache
+def trained(name):
+    """Train a script, once for all tests. Return its path and what it prints."""
+    script = place(name)
+    return script, run(script)
 
 
 # ---- A run and what it leaves ----
 @each_script
-def test_a_run_and_what_it_leaves(name, trained):
-    script, process = trained(name)
-    lines = process.stdout.splitlines()
-    assert process.returncode == 0 and len(lines) == 6, process
+def test_a_run_and_what_it_leaves(name):
+    script, output = trained(name)
+    lines = output.splitlines()
+    assert len(lines) == 6
     assert "scratch" in lines[0] and str(script.parent / "samples" / name) in lines[1]
     assert [line.split()[1] for line in lines[2:]] == ["1/4", "2/4", "3/4", "4/4"]
     assert all(line.endswith("min left") for line in lines[2:])
@@ -214,10 +191,8 @@ def test_a_run_and_what_it_leaves(name, trained):
     samples = script.parent / "samples" / name
     files = {path.name for path in samples.iterdir()}
     assert files == {"real.png", *(f"epoch_000{i}.png" for i in range(5))}
-    untrained = tiles(
-        samples / "epoch_0000.png", SIZE[name]
-    )  # grey: contrast is not stretched
-    assert 25 < untrained.min() < untrained.max() < 230
+    untrained = tiles(samples / "epoch_0000.png", SIZE[name])
+    assert 25 < untrained.min() < untrained.max() < 230  # contrast is not stretched
     real = tiles(samples / "real.png", SIZE[name])
     assert real.min() == 0 and real.max() > 250
 
@@ -286,17 +261,37 @@ def test_a_terminal_sees_progress():
 
 
 # ---- Killed and started again ----
+KILLED_BEFORE = {
+    V: "disc_optimizer.zero_grad()",
+    B: "new.replace(CHECKPOINT)",
+    C: "save_checkpoint(parts, epoch)",
+    W: "gen_optimizer.zero_grad()",
+}
+
+
+@functools.cache
+def killed():
+    """Start each script as a user does, from another folder, and kill it in epoch 3.
+    Return {name: path}."""
+    scripts = {name: place(name) for name in SCRIPTS}
+    for name, script in scripts.items():
+        insert(script, "if epoch == 3: import os; os._exit(9)", KILLED_BEFORE[name])
+    processes = [subprocess.Popen([sys.executable, s]) for s in scripts.values()]
+    assert [process.wait() for process in processes] == [9] * 4
+    return scripts
+
+
 @each_script
-def test_killed_and_started_again_is_as_never_stopped(name, trained):
-    whole, (script, process) = trained(name)[0], trained(name, "killed")
-    assert process.returncode == 9 and checkpoint(script)["epoch"] == 2, process
+def test_killed_and_started_again_is_as_never_stopped(name):
+    whole, script = trained(name)[0], killed()[name]
+    assert checkpoint(script)["epoch"] == 2
     shutil.copy(whole, script)  # without the line that kills it
     assert "after epoch 2," in run(script)
     assert_same(script, whole)
     assert len(list(script.parent.glob("checkpoints/*"))) == 1
 
 
-def test_load_false_starts_over_and_another_seed_is_another_run(trained):
+def test_load_false_starts_over_and_another_seed_is_another_run():
     script = copy(trained(V)[0])
     edit(script.with_name("config.py"), LOAD=False)
     assert "scratch" in run(script)
@@ -319,7 +314,7 @@ def test_a_scheduler_goes_on_exactly():
     assert_same(stopped, whole)
 
 
-def test_no_epoch_is_left(trained):
+def test_no_epoch_is_left():
     script = copy(trained(V)[0])
     before = snapshot(script)
     output = run(script)
@@ -328,7 +323,7 @@ def test_no_epoch_is_left(trained):
 
 # ---- TEST ----
 @each_script
-def test_drawing_with_a_checkpoint(name, trained):
+def test_drawing_with_a_checkpoint(name):
     script, size = copy(trained(name)[0]), SIZE[name]
     samples = script.parent / "samples" / name
     shutil.copy(samples / "real.png", samples / "epoch_0005.png")  # of a longer run
@@ -342,10 +337,8 @@ def test_drawing_with_a_checkpoint(name, trained):
     run(script)
     assert snapshot(script) == after
 
-    test, pairs = (
-        tiles(samples / "test.png", size),
-        tiles(samples / "nearest.png", 2 * size),
-    )
+    test = tiles(samples / "test.png", size)
+    pairs = tiles(samples / "nearest.png", 2 * size)
     real = datasets.MNIST(script.parent / "data").data.unsqueeze(1).float()
     real = torch.nn.functional.interpolate(real, size, mode="bilinear")
     assert torch.equal(pairs[..., :size], test)
@@ -409,7 +402,7 @@ def test_a_folder_of_pictures():
 
 
 # ---- What goes wrong ----
-def test_bad_checkpoints_are_refused(trained):
+def test_bad_checkpoints_are_refused():
     script = copy(trained(V)[0])
     path = script.parent / f"checkpoints/{V}.pt"
     replace(script, r"BatchNorm1d\(512\)", "BatchNorm1d(512, affine=False)")
@@ -432,7 +425,7 @@ def test_bad_checkpoints_are_refused(trained):
 
 @pytest.mark.filterwarnings("error")  # no line but that of the script
 @pytest.mark.parametrize("name", [B, W])
-def test_pictures_that_are_not_finite_are_not_saved(name, trained):
+def test_pictures_that_are_not_finite_are_not_saved(name):
     script = copy(trained(name)[0])
     edit(script, EPOCHS=5)
     insert(script, "next(generator.parameters()).data /= 0", "if step % LOG_EVERY")
@@ -491,10 +484,7 @@ def test_shapes_and_ranges(name, monkeypatch):
     module = importlib.import_module(name)
     size = (3, 32, 32) if name == W else (28, 28)
     grey = torch.arange(256, dtype=torch.uint8)  # one image of each
-    own = (
-        getattr(module, "NORMALIZE_MEAN", None),
-        getattr(module, "NORMALIZE_STD", None),
-    )
+    own = [getattr(module, f"NORMALIZE_{which}", None) for which in ("MEAN", "STD")]
     for mean, std in (0.1307, 0.3081), own:  # the script's own stays
         monkeypatch.setattr(module, "NORMALIZE_MEAN", mean, raising=False)
         monkeypatch.setattr(module, "NORMALIZE_STD", std, raising=False)
@@ -561,24 +551,19 @@ def test_losses_at_known_points(name):
 def test_logits_keep_the_gradients_that_a_sigmoid_loses():
     def gradients(name, s):
         """Return those of D's and of G's loss in the logit of a fake."""
-        script, s = (
-            importlib.import_module(name),
-            torch.tensor([[s]], requires_grad=True),
-        )
+        script = importlib.import_module(name)
+        s = torch.tensor([[s]], requires_grad=True)
         output = s.sigmoid() if name == V else s
-        losses = (
-            script.get_disc_loss(output.detach(), output),
-            script.get_gen_loss(output),
-        )
+        disc_loss = script.get_disc_loss(output.detach(), output)
+        losses = disc_loss, script.get_gen_loss(output)
         return [torch.autograd.grad(x, s, retain_graph=True)[0].item() for x in losses]
 
     expected = {16.0: (0.5, 0), 17.0: (0, 0), -27.0: (0, -1)}  # of a sigmoid
     expected |= {-30.0: (0, -0.0936), -40.0: (0, 0)}
     for s, found in expected.items():
         assert gradients(V, s) == pytest.approx(found, abs=1e-3)
-        assert gradients(B, s) == pytest.approx(
-            (0.5, 0) if s > 0 else (0, -1), abs=1e-3
-        )
+        kept = (0.5, 0) if s > 0 else (0, -1)
+        assert gradients(B, s) == pytest.approx(kept, abs=1e-3)
 
 
 def test_wasserstein_losses_and_gradient_penalty():
