@@ -158,10 +158,10 @@ def draw(generator, noise):
 def share_near(images, others, k=5):
     """Return the share of images (N, ...) near at least one of others (M, ...).
 
-    The radius of each of the others is the distance to its k-th nearest neighbour among
-    the others. An image is near if it lies within at least one radius. Precision is the
-    share of fakes near real images. Recall is the share of real images near fakes, and
-    low if fakes are alike. Even training images in place of fakes reach 0.94 in both.
+    Around each of the others lies a circle that reaches to its k-th nearest neighbour
+    among the others. An image is near if it lies in at least one circle. Precision is
+    the share of fakes near real images. Recall is the share of real images near fakes,
+    and low if fakes are alike. Even training images in place of fakes get only 0.94.
     Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
     """
     images, others = images.flatten(1), others.flatten(1)

@@ -11,8 +11,8 @@ could raise the difference by scaling its scores. Under this limit, the largest
 difference is the Wasserstein distance: how far the fakes would have to move to be
 distributed like the real images. Even where a D would be sure that all fakes are fake,
 the distance says how far off they are, and the gradient of C shows G the way. WGAN
-limits the slope by clipping C's weights. The best C has slope 1 between real images and
-fakes, so WGAN-GP penalises all other slopes.
+limits the slope by clipping C's weights to a small range. The best C has slope exactly
+1 between real images and fakes, so WGAN-GP penalises smaller slopes as well.
 
 The difference that C reaches is only an estimate of the distance. Compare it within a
 run, or between runs with the same settings.
@@ -172,9 +172,9 @@ class Critic(nn.Module):
 def gradient_penalty(critic, real, fake):
     """Return PENALTY_WEIGHT times the mean of (slope - 1)^2, and the mean slope.
 
-    The best C has slope 1 along the line from a fake to the real image to which it
-    would move. Nobody knows these pairs, so a random point is taken between each real
-    image and a random fake, both (N, CHANNELS, 64, 64).
+    The Wasserstein distance moves each fake to a real image. Along the line between the
+    two, the best C has slope 1. Nobody knows these pairs, so a random point is taken
+    between each real image and a random fake, both (N, CHANNELS, 64, 64).
     """
     share = torch.rand(len(real), 1, 1, 1, device=real.device)
     mixed = share * real + (1 - share) * fake

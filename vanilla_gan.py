@@ -6,9 +6,10 @@ from fakes, and G learns to fool D:
 
     min over G, max over D:   mean of log D(x)  +  mean of log(1 - D(G(z)))
 
-Below, each network has a loss of its own. If G were perfect, D could only guess: D(x)
-would be 1/2 everywhere, and both losses log 2 = 0.69. bce_logits_gan.py has the same
-layers and a numerically stable loss: compare the two files with diff.
+Below, each network has a loss to minimise: D's is minus half of this sum, and G's the
+mean of -log D(G(z)). If G were perfect, D could only guess: D(x) would be 1/2
+everywhere, and both losses log 2 = 0.69. bce_logits_gan.py has the same layers and a
+numerically stable loss: compare the two files with diff.
 
 Paper:  Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:    python vanilla_gan.py, and beside it tensorboard --logdir runs
@@ -132,8 +133,8 @@ def get_gen_loss(fake_output):
     """Return G's loss from D's outputs for fakes (N, 1), which G wants to be 1.
 
     This is -log D(G(z)), as the paper advises. Equation 1 has log(1 - D(G(z))) instead.
-    Where D is sure that a fake is fake, its sigmoid is flat, and G would hardly learn
-    from that. -log is so steep there that it makes up for the sigmoid.
+    If D is sure that a fake is fake, D(G(z)) is near 0, where the sigmoid is flat, and
+    G would hardly learn. -log is steep near 0, which makes up for the sigmoid.
     """
     return bce(fake_output, torch.ones_like(fake_output))
 
@@ -154,10 +155,10 @@ def draw(generator, noise):
 def share_near(images, others, k=5):
     """Return the share of images (N, ...) near at least one of others (M, ...).
 
-    The radius of each of the others is the distance to its k-th nearest neighbour among
-    the others. An image is near if it lies within at least one radius. Precision is the
-    share of fakes near real images. Recall is the share of real images near fakes, and
-    low if fakes are alike. Even training images in place of fakes reach 0.94 in both.
+    Around each of the others lies a circle that reaches to its k-th nearest neighbour
+    among the others. An image is near if it lies in at least one circle. Precision is
+    the share of fakes near real images. Recall is the share of real images near fakes,
+    and low if fakes are alike. Even training images in place of fakes get only 0.94.
     Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
     """
     images, others = images.flatten(1), others.flatten(1)
