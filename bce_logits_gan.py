@@ -6,8 +6,8 @@ their gradient:
 
 - For a fake with s of 17 or more, sigmoid(s) is rounded to 1, where its slope is 0. D
   learns nothing from its greatest mistakes.
-- For a fake with s below -28, the gradient of BCELoss is too small, as it never divides
-  by less than 1e-12. It should be -1, but is -0.09 at s = -30 and -4e-6 at -40.
+- For a fake with s below -28, G learns too little, as BCELoss never divides by less
+  than 1e-12. Its gradient in s should be -1, but is -0.09 at -30 and -4e-6 at -40.
 
 Here, D ends in the logit, and BCEWithLogitsLoss computes sigmoid and logarithm in one
 step, in which exp() never exceeds 1:
@@ -58,7 +58,7 @@ def load_images(train):
     """Return MNIST's 60,000 training or 10,000 test images: uint8 (N, 28, 28)."""
     try:
         return datasets.MNIST(config.DATA_PATH, train=train, download=True).data
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         folder = Path(config.DATA_PATH, "MNIST/raw")
         sys.exit(f"{error}\nPut MNIST's four .gz files, and nothing else, in {folder}.")
 
@@ -122,16 +122,17 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images):
-        # 0 to 1 becomes -1 to 1: the weights of a pixel of 0 would get no gradient.
+        # 0 to 1 becomes -1 to 1: where a pixel is 0, its weights would get no gradient.
         return self.layers(2 * images - 1)
 
 
 # ---- Losses ----
-bce = nn.BCEWithLogitsLoss()  # if the target is 0, with -s in place of s
+# The mean of -log sigmoid(s) where the target is 1, of -log sigmoid(-s) where it is 0
+bce = nn.BCEWithLogitsLoss()
 
 
 def get_disc_loss(real_output, fake_output):
-    """Return D's loss from its logits (N, 1), high if it takes an image for real."""
+    """Return D's loss from logits (N, 1) that should be high if real, low if fake."""
     real_loss = bce(real_output, torch.ones_like(real_output))
     fake_loss = bce(fake_output, torch.zeros_like(fake_output))
     return (real_loss + fake_loss) / 2  # halved, to be on the scale of G's loss
@@ -161,7 +162,7 @@ def share_near(images, others, k=5):
     Around each of the others lies a circle that reaches to its k-th nearest neighbour
     among the others. An image is near if it lies in at least one circle. Precision is
     the share of fakes near real images. Recall is the share of real images near fakes,
-    and low if fakes are alike. Even training images in place of fakes get only 0.94.
+    and low if all fakes look alike. Even training images, as fakes, get about 0.94.
     Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
     """
     images, others = images.flatten(1), others.flatten(1)
@@ -212,8 +213,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. If you add a scheduler, do so before the first epoch,
-    # and step it before each save.
+    # A checkpoint holds these. A scheduler belongs here too: add it before the first
+    # epoch, as older checkpoints lack it, and step it before each save.
     parts = {
         "generator": generator,
         "discriminator": discriminator,

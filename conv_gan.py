@@ -1,4 +1,4 @@
-"""Convolutional GAN: the game of vanilla_gan.py, with networks that see patches.
+"""Convolutional GAN: networks that see patches, with the loss of bce_logits_gan.py.
 
 To a Linear layer, an image is 784 numbers in no particular order. A convolution looks
 at patches of 5x5 pixels with the same weights everywhere, so a stroke learned in one
@@ -7,7 +7,7 @@ two pixels apart (stride 2) halve the sides: 28, 14, 7. In G, a transposed convo
 does the reverse: it paints a 5x5 patch for each pixel and adds up the overlaps. With
 stride 2 it doubles the sides: 7, 14, 28.
 
-Paper:  Radford et al. 2015, DCGAN, https://arxiv.org/abs/1511.06434; its layers differ
+Paper:  Radford et al. 2015, DCGAN, https://arxiv.org/abs/1511.06434, with other layers
 Run:    python conv_gan.py, and beside it tensorboard --logdir runs
 Draw:   set TRAIN = False and TEST = True in config.py, and run it again
 Expect: digits after 2 epochs, good ones after 5; all 100 in 4 to 10 hours on a CPU
@@ -45,7 +45,7 @@ def load_images(train):
     """Return MNIST's 60,000 training or 10,000 test images: uint8 (N, 28, 28)."""
     try:
         return datasets.MNIST(config.DATA_PATH, train=train, download=True).data
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         folder = Path(config.DATA_PATH, "MNIST/raw")
         sys.exit(f"{error}\nPut MNIST's four .gz files, and nothing else, in {folder}.")
 
@@ -96,7 +96,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv2d(1, 64, 5, stride=2, padding=2),  # (N, 64, 14, 14)
             nn.LeakyReLU(0.2),  # lets gradients through below 0 too
-            nn.Dropout(0.3),  # zeroes 30% of the values, lest D rely on a few
+            nn.Dropout(0.3),  # zeroes 30% of the values, so that D cannot rely on a few
             nn.Conv2d(64, 128, 5, stride=2, padding=2),  # (N, 128, 7, 7)
             nn.LeakyReLU(0.2),
             nn.Dropout(0.3),
@@ -113,7 +113,7 @@ bce = nn.BCEWithLogitsLoss()
 
 
 def get_disc_loss(real_output, fake_output):
-    """Return D's loss from its logits (N, 1), high if it takes an image for real."""
+    """Return D's loss from logits (N, 1) that should be high if real, low if fake."""
     real_loss = bce(real_output, torch.ones_like(real_output))
     fake_loss = bce(fake_output, torch.zeros_like(fake_output))
     return (real_loss + fake_loss) / 2  # halved, to be on the scale of G's loss
@@ -143,7 +143,7 @@ def share_near(images, others, k=5):
     Around each of the others lies a circle that reaches to its k-th nearest neighbour
     among the others. An image is near if it lies in at least one circle. Precision is
     the share of fakes near real images. Recall is the share of real images near fakes,
-    and low if fakes are alike. Even training images in place of fakes get only 0.94.
+    and low if all fakes look alike. Even training images, as fakes, get about 0.94.
     Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
     """
     images, others = images.flatten(1), others.flatten(1)
@@ -194,8 +194,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. If you add a scheduler, do so before the first epoch,
-    # and step it before each save.
+    # A checkpoint holds these. A scheduler belongs here too: add it before the first
+    # epoch, as older checkpoints lack it, and step it before each save.
     parts = {
         "generator": generator,
         "discriminator": discriminator,

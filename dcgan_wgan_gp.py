@@ -65,16 +65,21 @@ LOG_EVERY = 20  # steps of G between two points of a curve
 # ---- Data ----
 def load_images():
     """Return the training images of DATASET: uint8 (N, CHANNELS, height, width)."""
+    if DATASET == "mnist":
+        dataset = datasets.MNIST
+        archives = "MNIST's four .gz files, and nothing else, into MNIST/raw"
+    elif DATASET == "cifar10":
+        dataset = datasets.CIFAR10
+        archives = "an undamaged cifar-10-python.tar.gz"
+    else:
+        return load_folder()
     try:
-        if DATASET == "mnist":
-            return datasets.MNIST(config.DATA_PATH, download=True).data.unsqueeze(1)
-        if DATASET == "cifar10":
-            data = datasets.CIFAR10(config.DATA_PATH, download=True).data
-            return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()
+        data = dataset(config.DATA_PATH, download=True).data
     except (OSError, RuntimeError) as error:
-        file = "MNIST/raw/*.gz" if DATASET == "mnist" else "cifar-10-python.tar.gz"
-        sys.exit(f"{error}\nPut an undamaged {file} into {config.DATA_PATH}.")
-    return load_folder()
+        sys.exit(f"{error}\nIn {config.DATA_PATH}, put {archives}.")
+    if DATASET == "mnist":
+        return data.unsqueeze(1)  # (60000, 1, 28, 28)
+    return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()
 
 
 def load_folder():
@@ -86,10 +91,9 @@ def load_folder():
         if is_image_file(name):
             picture = ImageOps.exif_transpose(Image.open(folder / name))  # upright
             picture = ImageOps.fit(picture.convert("RGBA"), (64, 64))
-            white = Image.new("RGBA", (64, 64), "white")  # behind transparent parts
-            picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("L" if CHANNELS == 1 else "RGB")
-            images.append(pil_to_tensor(picture))
+            square = Image.new("L" if CHANNELS == 1 else "RGB", (64, 64), "white")
+            square.paste(picture, mask=picture)  # white stays behind transparent parts
+            images.append(pil_to_tensor(square))
     print(f"Found {len(images)} pictures in {folder}")
     if len(images) < BATCH_SIZE:
         sys.exit("Too few for a batch: change DATASET, or lower BATCH_SIZE.")
@@ -188,8 +192,8 @@ def gradient_penalty(critic, real, fake):
 
 
 def get_critic_loss(real_output, fake_output, penalty):
-    """Return C's loss: the mean score of fakes minus that of real images, both
-    (N, 1, 1, 1), plus the penalty."""
+    """Return C's loss from its scores (N, 1, 1, 1): the mean of fakes minus the mean of
+    real images, plus the penalty."""
     return fake_output.mean() - real_output.mean() + penalty
 
 
@@ -252,8 +256,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     critic_optimizer = Adam(critic.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. If you add a scheduler, do so before the first epoch,
-    # and step it before each save.
+    # A checkpoint holds these. A scheduler belongs here too: add it before the first
+    # epoch, as older checkpoints lack it, and step it before each save.
     parts = {
         "generator": generator,
         "critic": critic,

@@ -54,7 +54,7 @@ def load_images(train):
     """Return MNIST's 60,000 training or 10,000 test images: uint8 (N, 28, 28)."""
     try:
         return datasets.MNIST(config.DATA_PATH, train=train, download=True).data
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         folder = Path(config.DATA_PATH, "MNIST/raw")
         sys.exit(f"{error}\nPut MNIST's four .gz files, and nothing else, in {folder}.")
 
@@ -158,7 +158,7 @@ def share_near(images, others, k=5):
     Around each of the others lies a circle that reaches to its k-th nearest neighbour
     among the others. An image is near if it lies in at least one circle. Precision is
     the share of fakes near real images. Recall is the share of real images near fakes,
-    and low if fakes are alike. Even training images in place of fakes get only 0.94.
+    and low if all fakes look alike. Even training images, as fakes, get about 0.94.
     Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
     """
     images, others = images.flatten(1), others.flatten(1)
@@ -209,8 +209,8 @@ def train():
     # fused updates all weights in one go, which is faster.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. If you add a scheduler, do so before the first epoch,
-    # and step it before each save.
+    # A checkpoint holds these. A scheduler belongs here too: add it before the first
+    # epoch, as older checkpoints lack it, and step it before each save.
     parts = {
         "generator": generator,
         "discriminator": discriminator,
