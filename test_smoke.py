@@ -270,6 +270,7 @@ def test_a_terminal_sees_progress():
     script = place(V, EPOCHS=1)
     edit(script.with_name("config.py"), DEVICE=None)  # the default
     *lines, last = run(script, terminal=True).splitlines(keepends=True)
+    assert not any("None" in line for line in lines)
     updates = [line for line in lines if line.endswith("\r")]
     assert len(updates) == 3 and len(last) > max(map(len, updates))
 
