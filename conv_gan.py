@@ -10,7 +10,7 @@ stride 2 it doubles the sides: 7, 14, 28.
 Paper:  Radford et al. 2015, DCGAN, https://arxiv.org/abs/1511.06434, with other layers
 Run:    python conv_gan.py, and beside it tensorboard --logdir runs
 Draw:   set TRAIN = False and TEST = True in config.py, and run it again
-Expect: digits after 2 epochs, good ones after 5; all 100 in 4 to 10 hours on a CPU
+Expect: digits after 2 epochs, good ones after 5; all 100 in 3 to 10 hours on a CPU
 """
 
 import sys

@@ -21,7 +21,7 @@ Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.
         WGAN-GP https://arxiv.org/abs/1704.00028
 Run:    python dcgan_wgan_gp.py, and beside it tensorboard --logdir runs
 Draw:   set TRAIN = False and TEST = True in config.py, and run it again
-Expect: the estimate rises, then falls; colours after an epoch, which takes 10 to 20
+Expect: the estimate rises, then falls; colours after an epoch, which takes 7 to 20
         minutes on a CPU, and objects before a background after five
 """
 
