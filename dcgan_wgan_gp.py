@@ -176,9 +176,9 @@ class Critic(nn.Module):
 def gradient_penalty(critic, real, fake):
     """Return PENALTY_WEIGHT times the mean of (slope - 1)^2, and the mean slope.
 
-    The Wasserstein distance moves each fake to a real image. Along the line between the
-    two, the best C has slope 1. Nobody knows these pairs, so a random point is taken
-    between each real image and a random fake, both (N, CHANNELS, 64, 64).
+    For the Wasserstein distance, each fake moves to a real image, and along the line
+    between the two, the best C has slope 1. Nobody knows these pairs, so a random point
+    is taken between each real image and a random fake, both (N, CHANNELS, 64, 64).
     """
     share = torch.rand(len(real), 1, 1, 1, device=real.device)
     mixed = share * real + (1 - share) * fake
