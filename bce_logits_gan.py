@@ -6,8 +6,8 @@ their gradient:
 
 - For a fake with s of 17 or more, sigmoid(s) is rounded to 1, where its slope is 0. D
   learns nothing from its greatest mistakes.
-- For a fake with s below -28, G learns too little, as BCELoss never divides by less
-  than 1e-12. Its gradient in s should be -1, but is -0.09 at -30 and -4e-6 at -40.
+- For a fake with s below -28, the gradient of G's loss in s should be -1, but is -0.09
+  at s = -30 and -4e-6 at -40, as BCELoss never divides by less than 1e-12.
 
 Here, D ends in the logit, and BCEWithLogitsLoss computes sigmoid and logarithm in one
 step, in which exp() never exceeds 1:

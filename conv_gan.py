@@ -2,10 +2,10 @@
 
 To a Linear layer, an image is 784 numbers in no particular order. A convolution looks
 at patches of 5x5 pixels with the same weights everywhere, so a stroke learned in one
-place is known everywhere. Each set of weights makes one channel. In D, patches that lie
-two pixels apart (stride 2) halve the sides: 28, 14, 7. In G, a transposed convolution
-does the reverse: it paints a 5x5 patch for each pixel and adds up the overlaps. With
-stride 2 it doubles the sides: 7, 14, 28.
+place is known everywhere. A layer has many such sets of weights, and each makes one
+channel. In D, patches that lie two pixels apart (stride 2) halve the sides: 28, 14, 7.
+In G, a transposed convolution does the reverse: it paints a 5x5 patch for each pixel
+and adds up the overlaps. With stride 2 it doubles the sides: 7, 14, 28.
 
 Paper:  Radford et al. 2015, DCGAN, https://arxiv.org/abs/1511.06434, with other layers
 Run:    python conv_gan.py, and beside it tensorboard --logdir runs
