@@ -85,7 +85,7 @@ def load_images():
 def load_folder():
     """Return the pictures in the folder DATASET and below, except hidden ones:
     uint8 (N, CHANNELS, 64, 64), the middle square of each."""
-    folder = config.ROOT / Path(DATASET).expanduser()
+    folder = config.ROOT / DATASET
     images = []
     for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True)):
         if is_image_file(name):
@@ -296,7 +296,7 @@ def train():
         torch.manual_seed(10_000 * config.SEED + epoch)
         critic_sum = gen_sum = estimate_sum = 0
         for step in range((epoch - 1) * steps, epoch * steps):
-            # Update C: maximise the mean of C(x) - C(G(z)), less the penalty.
+            # Update C: maximise the mean of C(x) - C(G(z)), minus the penalty.
             # detach() keeps the gradients of this loss out of G.
             for _ in range(CRITIC_STEPS):
                 batch = torch.randint(len(images), (BATCH_SIZE,), device=device)
@@ -319,7 +319,7 @@ def train():
             gen_loss.backward()
             gen_optimizer.step()
 
-            # C's estimate of the Wasserstein distance, in the last of its steps
+            # C's estimate of the Wasserstein distance, from the last of its steps
             estimate = (real_output.mean() - fake_output.mean()).detach()
             critic_sum += critic_loss.detach()  # the value without its graph
             gen_sum += gen_loss.detach()
