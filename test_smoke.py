@@ -468,8 +468,9 @@ def test_data_that_cannot_be_had(name):
         assert "cifar-10-python.tar.gz" in refused(script).splitlines()[-1]
 
 
-def test_a_mistake_shows_its_own_line():
-    script = place(V)
+@each_script
+def test_a_mistake_shows_its_own_line(name):
+    script = place(name)
     replace(script, r"download=True\).data", "download=True).datum")
     with pytest.raises(AttributeError) as caught:
         run(script)
