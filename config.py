@@ -4,9 +4,9 @@ from pathlib import Path
 
 # What a run does
 TRAIN = True  # train up to the script's EPOCHS
-LOAD = True  # go on from the checkpoint if there is one; False starts over each time
+LOAD = True  # go on from the checkpoint, if any; False starts over and replaces it
 TEST = False  # draw with the checkpoint's generator, after training if TRAIN is True
-SEED = 0  # one seed for all random numbers of training: weights, batches and noise
+SEED = 0  # all random numbers follow from it; in TEST, another draws other samples
 DEVICE = None  # None trains on the accelerator, if any; or "cpu", "cuda:1", "mps"
 
 # Where files go. The paths are relative to this file: a script runs from any folder.

@@ -3,14 +3,23 @@
 To a Linear layer, an image is 784 numbers in no particular order. A convolution looks
 at patches of 5x5 pixels with the same weights everywhere, so a stroke learned in one
 place is known everywhere. A layer has many such sets of weights, and each makes one
-channel. In D, patches that lie two pixels apart (stride 2) halve the sides: 28, 14, 7.
-In G, a transposed convolution does the reverse: it paints a 5x5 patch for each pixel
-and adds up the overlaps. With stride 2 it doubles the sides: 7, 14, 28.
+channel. In D, patches that start two pixels apart (stride 2) halve the sides: 28, 14,
+7. In G, a transposed convolution goes the other way: for each pixel it paints a 5x5
+patch, multiplied by the pixel's value, and adds up the overlaps. With stride 2 it
+doubles the sides: 7, 14, 28.
 
-Paper:  Radford et al. 2015, DCGAN, https://arxiv.org/abs/1511.06434, with other layers
-Run:    python conv_gan.py, and beside it tensorboard --logdir runs
-Draw:   set TRAIN = False and TEST = True in config.py, and run it again
-Expect: digits after 2 epochs, good ones after 5; all 100 in 3 to 10 hours on a CPU
+As in bce_logits_gan.py, D ends in the logit s, and D(x) is sigmoid(s). Also new are
+Dropout in D, LeakyReLU in G, and small batches, which make many steps in each epoch.
+
+Paper:   Radford et al. 2015, DCGAN, https://arxiv.org/abs/1511.06434, with other layers
+Run:     python conv_gan.py; after Ctrl-C, the same command resumes
+Watch:   pictures in samples/conv_gan, and curves with tensorboard --logdir runs
+Expect:  digits after an epoch, which takes 3 to 10 minutes on a CPU, and good ones
+         after 5 epochs
+Healthy: D's loss is 0.6 to 0.69, G's 0.7 to 1, diversity near 1. If D's loss is near 0,
+         D has won: it recognises every fake, and G rarely catches up
+Draw:    set TRAIN = False and TEST = True in config.py, and run this script again
+Change:  raise EPOCHS to train on; for other changes, edit a copy beside this file
 """
 
 import sys
@@ -18,7 +27,6 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
@@ -27,31 +35,25 @@ from torchvision.utils import save_image
 
 import config
 
-# ---- Settings: try other values in a copy of this file ----
-NAME = Path(__file__).stem  # names the results: a copy of this file gets its own
-EPOCHS = 100  # passes over the training images; raise it to train longer
-BATCH_SIZE = 64  # real images in a step, and as many fakes
-LEARNING_RATE = 1e-4  # Adam's step size, for both networks
-# How much Adam remembers of past gradients, and of their squares. DCGAN takes 0.5, as
-# Adam's usual 0.9 made training oscillate.
-BETAS = (0.5, 0.999)
+# ---- Settings ----
+EPOCHS = 100  # passes over the training images
+BATCH_SIZE = 16  # real images in a step, and as many fakes
+LEARNING_RATE = 1e-4  # Adam's step size; a resumed run ignores edits to it and BETAS
+# How much Adam remembers: nothing (0.0) of past gradients, which were computed against
+# an older opponent, and much (0.999) of their squares, which only scale its steps.
+BETAS = (0.0, 0.999)
 NOISE_DIM = 100  # random numbers from which G makes one image
-TEST_SEED = 1  # another seed draws other samples
-LOG_EVERY = 20  # steps between two points of a curve
+LOG_EVERY = 100  # steps between two points of a curve
 
 
 # ---- Data ----
-def load_images(train):
-    """Return MNIST's 60,000 training or 10,000 test images: uint8 (N, 28, 28)."""
-    try:
-        return datasets.MNIST(config.DATA_PATH, train=train, download=True).data
-    except (OSError, RuntimeError) as error:
-        folder = Path(config.DATA_PATH, "MNIST/raw")
-        sys.exit(f"{error}\nPut MNIST's four .gz files, and nothing else, in {folder}.")
+def load_images():
+    """Return MNIST's training images: uint8 (60000, 28, 28)."""
+    return datasets.MNIST(config.DATA_PATH, download=True).data
 
 
 def normalize(images):
-    """Turn uint8 images (N, 28, 28) into float (N, 1, 28, 28), -1 to 1 like tanh."""
+    """Turn uint8 images (N, 28, 28) into float (N, 1, 28, 28) from -1 to 1."""
     return images.unsqueeze(1) / 127.5 - 1
 
 
@@ -60,19 +62,27 @@ def to_pixels(images):
     return images / 2 + 0.5
 
 
+def get_noise(count, device):
+    """Return standard normal noise for G: float (count, NOISE_DIM)."""
+    return torch.randn(count, NOISE_DIM, device=device)
+
+
 # ---- Networks ----
 class Generator(nn.Module):
-    """Turn standard normal noise (N, NOISE_DIM) into images (N, 1, 28, 28), -1 to 1."""
+    """Turn noise (N, NOISE_DIM) into images (N, 1, 28, 28) from -1 to 1."""
 
     def __init__(self):
         super().__init__()
-        # 7 patches of 5 pixels, 2 apart, span 17. padding cuts off 2 on each side, and
-        # output_padding gives 1 back: 7 becomes 14, and then 14 becomes 28.
+        # BatchNorm gives each feature or channel mean 0 and variance 1 over the batch,
+        # then scales and shifts it. It would subtract a bias again, so there is none.
+        # Seven patches of 5 pixels, 2 apart, span 17 pixels. padding cuts off 2 on each
+        # side, and output_padding gives 1 back: 7 becomes 14, and then 14 becomes 28.
+        # The first transposed convolution has stride 1, and 7 stays 7.
         double = {"stride": 2, "padding": 2, "output_padding": 1}
         self.layers = nn.Sequential(
-            nn.Linear(NOISE_DIM, 7 * 7 * 256, bias=False),  # BatchNorm cancels a bias
+            nn.Linear(NOISE_DIM, 7 * 7 * 256, bias=False),  # (N, 12544)
             nn.BatchNorm1d(7 * 7 * 256),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(0.2),  # unlike ReLU, has a gradient at negative inputs too
             nn.Unflatten(1, (256, 7, 7)),  # (N, 256, 7, 7)
             nn.ConvTranspose2d(256, 128, 5, padding=2, bias=False),  # (N, 128, 7, 7)
             nn.BatchNorm2d(128),
@@ -95,8 +105,10 @@ class Discriminator(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(1, 64, 5, stride=2, padding=2),  # (N, 64, 14, 14)
-            nn.LeakyReLU(0.2),  # lets gradients through below 0 too
-            nn.Dropout(0.3),  # zeroes 30% of the values, so that D cannot rely on a few
+            nn.LeakyReLU(0.2),
+            nn.Dropout(
+                0.3
+            ),  # zeroes a random 30%, so that D cannot rely on a few values
             nn.Conv2d(64, 128, 5, stride=2, padding=2),  # (N, 128, 7, 7)
             nn.LeakyReLU(0.2),
             nn.Dropout(0.3),
@@ -109,6 +121,7 @@ class Discriminator(nn.Module):
 
 
 # ---- Losses ----
+# The mean of -log sigmoid(s) if the target is 1, of -log(1 - sigmoid(s)) if it is 0
 bce = nn.BCEWithLogitsLoss()
 
 
@@ -124,202 +137,183 @@ def get_gen_loss(fake_output):
     return bce(fake_output, torch.ones_like(fake_output))
 
 
-# ---- Pictures ----
-SAMPLES = Path(config.SAMPLES_PATH, NAME)
+# ---- One step of the game ----
+def train_step(real, generator, discriminator, gen_optimizer, disc_optimizer):
+    """Update D, then G, with real images (N, 1, 28, 28) and N fakes. Return a value
+    for each curve, under its name in TensorBoard."""
+    generator.train()  # draw() below leaves G in evaluation mode
+    fake = generator(get_noise(len(real), real.device))  # (N, 1, 28, 28)
+
+    # Update D: minimise the mean of -log D(x) and -log(1 - D(G(z))).
+    # Without detach(), this backward() would go on through G, and free the part of the
+    # graph that G's own backward() needs.
+    real_output = discriminator(real)  # (N, 1)
+    fake_output = discriminator(fake.detach())  # (N, 1)
+    disc_loss = get_disc_loss(real_output, fake_output)
+    disc_optimizer.zero_grad()
+    disc_loss.backward()
+    disc_optimizer.step()
+
+    # Update G: show the same fakes to the new D, and minimise -log D(G(z)).
+    # D gets gradients here too; the next zero_grad() of its optimizer clears them.
+    gen_loss = get_gen_loss(discriminator(fake))
+    gen_optimizer.zero_grad()
+    gen_loss.backward()
+    gen_optimizer.step()
+    return {
+        "loss/discriminator": disc_loss.detach(),  # the value alone, without its graph
+        "loss/generator": gen_loss.detach(),
+        "prob/real": real_output.detach().sigmoid().mean(),
+        "prob/fake": fake_output.detach().sigmoid().mean(),
+    }
+
+
+# ======== The lesson ends here ========
+# The rest turns it into a full run, and is almost the same in all four scripts. train()
+# repeats train_step, and after each epoch it saves a picture and a checkpoint.
+NAME = Path(__file__).stem  # this file's name, and that of its results
+CHECKPOINT = config.CALLBACKS_PATH / f"{NAME}.pt"
+SAMPLES = config.SAMPLES_PATH / NAME
 
 
 @torch.no_grad()
 def draw(generator, noise):
-    """Return the pictures that G makes from noise (N, ...), with pixels from 0 to 1."""
-    generator.eval()  # BatchNorm uses running averages instead of this batch's
-    pixels = to_pixels(generator(noise))
-    generator.train()
-    return pixels
+    """Return the pictures that G makes from noise, with pixels from 0 to 1.
 
-
-def share_near(images, others, k=5):
-    """Return the share of images (N, ...) near at least one of others (M, ...).
-
-    Around each of the others lies a circle that reaches to its k-th nearest neighbour
-    among the others. An image is near if it lies in at least one circle. Precision is
-    the share of fakes near real images. Recall is the share of real images near fakes,
-    and low if all fakes look alike. Even training images, as fakes, get about 0.94.
-    Paper: https://arxiv.org/abs/1904.06991, which compares features instead of pixels.
+    G is left in evaluation mode: BatchNorm uses the mean and variance gathered in
+    training instead of the batch's, so that a picture depends on its own noise alone.
     """
-    images, others = images.flatten(1), others.flatten(1)
-    # In each sorted row, the image itself comes first, its k-th neighbour at index k.
-    radius = torch.cdist(others, others).sort(dim=1).values[:, k]  # (M,)
-    near = torch.cdist(images, others) <= radius  # (N, M)
-    return near.any(dim=1).float().mean().item()
+    generator.eval()
+    return to_pixels(generator(noise))
 
 
-# ---- Checkpoints ----
-CHECKPOINT = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
+def get_diversity(fakes, reals):
+    """Return the mean distance between two fakes, divided by that between two reals.
+
+    It is near 1 if fakes are as varied as real images, and near 0 if they all look
+    alike, which is called mode collapse. It does not say whether they look real.
+    """
+    return torch.pdist(fakes.flatten(1)).mean() / torch.pdist(reals.flatten(1)).mean()
 
 
-def save_checkpoint(parts, epoch):
-    """Save the states of all parts, and the number of completed epochs."""
-    checkpoint = {name: part.state_dict() for name, part in parts.items()}
-    checkpoint["epoch"] = epoch
-    new = CHECKPOINT.with_suffix(".tmp")
-    torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # if the run is killed while saving, the old file survives
+def save_checkpoint(parts, epoch, step):
+    """Save the state of each part, and the numbers of completed epochs and steps.
+
+    parts: {name: network or optimizer}. Adam's state is its averages of gradients and
+    of their squares, and its settings.
+    """
+    states = {name: part.state_dict() for name, part in parts.items()}
+    CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
+    new = CHECKPOINT.with_suffix(".new")
+    torch.save({"epoch": epoch, "step": step, **states}, new)
+    new.replace(CHECKPOINT)  # a run that is killed while saving keeps the old file
 
 
 def load_checkpoint(parts):
-    """Load the states of the parts, and return the number of completed epochs.
-
-    An optimizer's learning rate and betas are restored as well: a resumed run ignores
-    LEARNING_RATE and BETAS.
-    """
+    """Load the states of the parts. Return the completed epochs and steps."""
     try:
-        # weights_only: a file from elsewhere cannot run code
+        # weights_only refuses a file with code in it. The file is loaded to the CPU,
+        # from where load_state_dict copies to the device of each part.
         checkpoint = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        return checkpoint["epoch"]
-    except Exception as error:
-        sys.exit(f"{error}\n{CHECKPOINT} is damaged or does not fit: move it away.")
+        return checkpoint["epoch"], checkpoint["step"]
+    except Exception as error:  # Python prints it as usual, then this note
+        error.add_note(
+            f"If there is no {CHECKPOINT}, train first. If it does not fit this "
+            "script, undo your last edit, or move the checkpoint away to start anew."
+        )
+        raise
 
 
-# ---- Training ----
 def train():
-    """Train both networks. After each epoch, draw, measure and save."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device = config.DEVICE or accelerator or "cpu"
+    """Train both networks up to EPOCHS, from the checkpoint if there is one."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)  # or None
+    device = config.DEVICE or gpu or "cpu"
     torch.manual_seed(config.SEED)
-    fixed_noise = torch.randn(1000, NOISE_DIM).to(device)  # the same in every epoch
+    fixed_noise = get_noise(64, device)  # for the pictures of all epochs
     generator = Generator().to(device)
     discriminator = Discriminator().to(device)
-    # fused updates all weights in one go, which is faster.
+    # fused=True makes Adam faster on a CPU.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     disc_optimizer = Adam(discriminator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. A scheduler belongs here too: add it before the first
-    # epoch, as older checkpoints lack it, and step it before each save.
     parts = {
         "generator": generator,
         "discriminator": discriminator,
         "gen_optimizer": gen_optimizer,
         "disc_optimizer": disc_optimizer,
     }
-    epochs_done = 0
+    epochs_done = step = 0
     if config.LOAD and CHECKPOINT.exists():
-        epochs_done = load_checkpoint(parts)
-        gen_lr = gen_optimizer.param_groups[0]["lr"]
-        disc_lr = disc_optimizer.param_groups[0]["lr"]
-        print(f"Resuming after epoch {epochs_done}, rates: G {gen_lr}, D {disc_lr}")
-    else:
-        print("Starting from scratch")
+        epochs_done, step = load_checkpoint(parts)
+    print(f"{epochs_done} of {EPOCHS} epochs are done. To train longer, raise EPOCHS.")
+    print(f"Progress is saved in {CHECKPOINT}. To start anew, move it away.")
     if epochs_done >= EPOCHS:
-        print(f"Raise EPOCHS to train longer. To start anew, move {CHECKPOINT} away.")
         return
+    print(f"Training on {device}. Each epoch adds a picture to {SAMPLES}.", flush=True)
 
-    runs = Path(config.TENSORBOARD_PATH, NAME)
-    print(f"Training on {device}, pictures: {SAMPLES}, curves: {runs}", flush=True)
-    images = load_images(train=True).to(device)
-    test_images = load_images(train=False)[::10].to(device) / 255  # 1,000 of 10,000
-    steps = len(images) // BATCH_SIZE  # in an epoch; a smaller last batch is left out
-    # purge_step makes TensorBoard forget what came after the checkpoint.
-    writer = SummaryWriter(runs, purge_step=epochs_done * steps)
+    images = load_images().to(device)
+    real_pixels = to_pixels(normalize(images[:64])).cpu()
+    # TensorBoard hides an older run's points from purge_step on: a resumed run hides
+    # those after its checkpoint, and a new run all, the picture of step 0 too.
+    purge_step = step + 1 if step else 0
+    writer = SummaryWriter(config.TENSORBOARD_PATH / NAME, purge_step=purge_step)
+    SAMPLES.mkdir(parents=True, exist_ok=True)
     if epochs_done == 0:
-        real_pixels = images[:64].unsqueeze(1) / 255  # (64, 1, 28, 28)
         writer.add_images("images/real", real_pixels, 0)
         save_image(real_pixels, SAMPLES / "real.png")
-        pixels = draw(generator, fixed_noise[:64])
-        writer.add_images("images/fake", pixels, 0)
-        save_image(pixels, SAMPLES / "epoch_0000.png")
+        save_image(draw(generator, fixed_noise), SAMPLES / "epoch_0000.png")
 
     for epoch in range(epochs_done + 1, EPOCHS + 1):
         start = time.time()
-        # Each epoch has its own seed, so that an interrupted one is repeated exactly.
+        # Each epoch has its own seed, so that a stopped one is repeated with the same
+        # random numbers. 10_000 keeps the epochs of different SEEDs apart.
         torch.manual_seed(10_000 * config.SEED + epoch)
-        batches = torch.randperm(len(images), device=device).split(BATCH_SIZE)[:steps]
-        disc_sum = gen_sum = 0
-        for step, batch in enumerate(batches, start=(epoch - 1) * steps):
-            real = normalize(images[batch])  # (N, 1, 28, 28)
-            noise = torch.randn(BATCH_SIZE, NOISE_DIM, device=device)
-            fake = generator(noise)  # (N, 1, 28, 28)
-
-            # Update D: minimise the mean of -log D(x) and -log(1 - D(G(z))).
-            # detach() keeps the gradients of this loss out of G.
-            real_output = discriminator(real)  # (N, 1)
-            fake_output = discriminator(fake.detach())
-            disc_loss = get_disc_loss(real_output, fake_output)
-            disc_optimizer.zero_grad()
-            disc_loss.backward()
-            disc_optimizer.step()
-
-            # Update G: minimise -log D(G(z)) for the same fakes, after D's update.
-            # D gets gradients here too; its next zero_grad() clears them.
-            gen_loss = get_gen_loss(discriminator(fake))
-            gen_optimizer.zero_grad()
-            gen_loss.backward()
-            gen_optimizer.step()
-
-            disc_sum += disc_loss.detach()  # the value without its graph
-            gen_sum += gen_loss.detach()
+        history = []
+        for indices in torch.randperm(len(images), device=device).split(BATCH_SIZE):
+            real = normalize(images[indices])
+            curves = train_step(
+                real, generator, discriminator, gen_optimizer, disc_optimizer
+            )
+            history.append(curves)
+            step += 1
             if step % LOG_EVERY == 0:
-                writer.add_scalar("loss/discriminator", disc_loss, step)
-                writer.add_scalar("loss/generator", gen_loss, step)
-                writer.add_scalar("prob/real", real_output.sigmoid().mean(), step)
-                writer.add_scalar("prob/fake", fake_output.sigmoid().mean(), step)
-                if sys.stdout.isatty():
-                    print(f"epoch {epoch}, step {step}", end="\r", flush=True)
+                for name, value in curves.items():
+                    writer.add_scalar(name, value, step)
+                print(f"epoch {epoch}, step {step}", end="\r", flush=True)
 
-        pixels = draw(generator, fixed_noise)  # (1000, 1, 28, 28)
+        pixels = draw(generator, fixed_noise).cpu()
         if not pixels.isfinite().all():
-            sys.exit("G draws NaN: lower LEARNING_RATE in a copy of this script.")
-        precision = share_near(pixels, test_images)
-        recall = share_near(test_images, pixels)
-        writer.add_scalar("quality/precision", precision, step)
-        writer.add_scalar("quality/recall", recall, step)
-        writer.add_images("images/fake", pixels[:64], step)
+            sys.exit("Training diverged: lower LEARNING_RATE in a copy of this file.")
+        # Show the mean of each curve over the epoch.
+        shown = {name: sum(c[name] for c in history) / len(history) for name in curves}
+        shown["diversity"] = get_diversity(pixels, real_pixels)
+        writer.add_scalar("diversity", shown["diversity"], step)
+        writer.add_images("images/fake", pixels, step)
         writer.flush()
-        save_image(pixels[:64], SAMPLES / f"epoch_{epoch:04}.png")
-        save_checkpoint(parts, epoch)
+        save_image(pixels, SAMPLES / f"epoch_{epoch:04}.png")
+        save_checkpoint(parts, epoch, step)
+        values = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
         minutes = (EPOCHS - epoch) * (time.time() - start) / 60
-        print(
-            f"epoch {epoch}/{EPOCHS}  "
-            f"loss D {disc_sum / steps:.3f}  G {gen_sum / steps:.3f}  "
-            f"precision {precision:.2f}  recall {recall:.2f}  {minutes:.1f} min left",
-            flush=True,
-        )
+        print(f"epoch {epoch}/{EPOCHS}  {values}  {minutes:.1f} min left", flush=True)
 
 
-# ---- Test ----
 def test():
-    """Draw test.png, nearest.png, interpolation.png and epochs.gif, on the CPU."""
-    if not CHECKPOINT.exists():
-        sys.exit(f"There is no {CHECKPOINT}: train first, with TRAIN = True.")
+    """Draw samples, and blends between them, with the checkpoint's generator."""
     generator = Generator()
-    epochs_done = load_checkpoint({"generator": generator})
-    torch.manual_seed(TEST_SEED)
-    noise = torch.randn(64, NOISE_DIM)
-    samples = draw(generator, noise)  # (64, 1, 28, 28)
-    save_image(samples, SAMPLES / "test.png")
-
-    # What lies between two digits? Each column goes from one noise vector to another.
-    steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
-    save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
-
-    # Only this run's pictures: an older, longer run may have left more of them.
-    paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
-    film = [Image.open(path).copy() for path in paths if path.exists()]
-    if film:
-        gif = SAMPLES / "epochs.gif"
-        film[0].save(gif, append_images=film[1:], save_all=True, duration=200, loop=0)
-
-    # Does G copy? To the right of each sample is the training image nearest to it.
-    real = load_images(train=True).unsqueeze(1) / 255  # (60000, 1, 28, 28)
-    distances = torch.cdist(samples.flatten(1), real.flatten(1))  # (64, 60000)
-    nearest = real[distances.argmin(dim=1)]
-    save_image(torch.cat([samples, nearest], dim=3), SAMPLES / "nearest.png")
-    print(f"The pictures are in {SAMPLES}.")
+    load_checkpoint({"generator": generator})
+    torch.manual_seed(-1 - config.SEED)  # negative, unlike the seeds of training
+    noise = get_noise(64, "cpu")
+    SAMPLES.mkdir(parents=True, exist_ok=True)
+    save_image(draw(generator, noise), SAMPLES / "test.png", nrow=8)
+    # Each column of interpolation.png goes from a picture in the first row of test.png
+    # to the one below it.
+    mixes = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
+    save_image(draw(generator, torch.cat(mixes)), SAMPLES / "interpolation.png", nrow=8)
+    print(f"Drew test.png and interpolation.png in {SAMPLES}")
 
 
 if __name__ == "__main__":
-    for folder in CHECKPOINT.parent, SAMPLES:
-        folder.mkdir(parents=True, exist_ok=True)
     if config.TRAIN:
         train()
     if config.TEST:

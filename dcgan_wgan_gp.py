@@ -1,28 +1,42 @@
 """DCGAN with Wasserstein loss and gradient penalty: pictures in colour.
 
 A critic C takes the place of the discriminator D. Its output is a score, which may be
-any number. C learns to score real images higher than fakes, and G to raise the score of
-its fakes:
+any number. C learns to score real images higher than fakes, and G to raise the scores
+of its fakes:
 
     min over G, max over C:   mean of C(x)  -  mean of C(G(z))
 
-C's slope, the norm of its gradient with respect to an image, must not exceed 1, or C
-could raise the difference by scaling its scores. Under this limit, the largest
-difference is the Wasserstein distance: how far the fakes would have to move to be
-distributed like the real images. Even where a D would be sure that all fakes are fake,
-the distance says how far off they are, and the gradient of C shows G the way. WGAN
-limits the slope by clipping C's weights to a small range. The best C has slope exactly
-1 between real images and fakes, so WGAN-GP penalises smaller slopes as well.
+C could raise this difference without end by scaling its scores. So its slope, the norm
+of its gradient with respect to an image, must not exceed 1: the scores of two images at
+distance d then differ by at most d. Under this limit, the largest difference is, by a
+theorem, the Wasserstein distance: how far the fakes would have to move, on average and
+at the least, to be distributed like the real images. A D that is sure of every fake
+gives G little sign of which ones are closer to real images. The Wasserstein distance
+shrinks as fakes approach them, and the gradient of C shows G the way.
 
-The difference that C reaches is only an estimate of the distance. Compare it within a
-run, or between runs with the same settings.
+WGAN keeps the slope small by clipping C's weights to a small range, which allows C only
+simple functions. WGAN-GP adds a penalty to C's loss instead, for slopes on either side
+of 1: under the limit, the best C has slope 1 all the way from each fake to the real
+image that it would have to move to.
 
-Papers: DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
-        WGAN-GP https://arxiv.org/abs/1704.00028
-Run:    python dcgan_wgan_gp.py, and beside it tensorboard --logdir runs
-Draw:   set TRAIN = False and TEST = True in config.py, and run it again
-Expect: the estimate rises, then falls; colours after an epoch, which takes 7 to 20
-        minutes on a CPU, and objects before a background after five
+The penalty is a soft limit. Take just one fake and one real image at distance d, and a
+C that rises evenly between them, so that their scores differ by slope * d. With a
+penalty of weight 10, C maximises slope * d - 10 * (slope - 1)^2, and its best slope is
+1 + d / 20. The scores then differ by d + d^2 / 20, more than the distance. So the
+difference that C reaches is only an estimate: compare it within a run, or between runs
+with the same settings.
+
+Papers:  DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
+         WGAN-GP https://arxiv.org/abs/1704.00028
+Run:     python dcgan_wgan_gp.py; after Ctrl-C, the same command resumes
+Watch:   pictures in samples/dcgan_wgan_gp, and curves with tensorboard --logdir runs
+Expect:  colours after one epoch, which takes 7 to 20 minutes on a CPU; after five,
+         objects that stand out from a background
+Healthy: critic/estimate (the mean of C(x) minus that of C(G(z))) and
+         critic/gradient_norm (C's mean slope) rise while C begins to learn, then fall
+         as fakes come closer; the slope falls towards 1. loss/generator can be anything
+Draw:    set TRAIN = False and TEST = True in config.py, and run this script again
+Change:  raise EPOCHS to train on; for other changes, edit a copy beside this file
 """
 
 import glob
@@ -42,23 +56,20 @@ from torchvision.utils import save_image
 
 import config
 
-# ---- Settings: try other values in a copy of this file ----
-NAME = Path(__file__).stem  # names the results: a copy of this file gets its own
-DATASET = "cifar10"  # or "mnist", or a folder of pictures
-EPOCHS = 5  # each has len(images) // BATCH_SIZE steps of G; raise it to train longer
-# Real images in a critic step, and as many fakes. A small batch gives G many steps in
-# five epochs. On a GPU, try 64 with LEARNING_RATE = 2e-4: fewer, larger steps.
-BATCH_SIZE = 16
+# ---- Settings ----
+DATASET = "cifar10"  # or "mnist", or a folder of pictures beside config.py
+# An epoch has len(images) // BATCH_SIZE steps of G. It is not a pass over the images:
+# each step of C takes random ones.
+EPOCHS = 5
+BATCH_SIZE = 16  # real images in a step of C, and as many fakes; small, for more steps
 CRITIC_STEPS = 5  # for each step of G, so that C stays near its best
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
-LEARNING_RATE = 5e-5  # Adam's step size, for both networks
-# How much Adam remembers of past gradients, and of their squares. The first is 0.0, as
-# past gradients were computed against an opponent that has changed since.
+LEARNING_RATE = 5e-5  # Adam's step size; a resumed run ignores edits to it and BETAS
+# How much Adam remembers of past gradients, and of their squares: as in WGAN-GP.
 BETAS = (0.0, 0.9)
 NOISE_DIM = 100  # random numbers from which G makes one image
-FEATURES = 16  # channels at 32x32, more at smaller sizes; on a GPU try 64
+FEATURES = 16  # channels at 32x32, more at smaller sizes; DCGAN has 128, for a GPU
 CHANNELS = 1 if DATASET == "mnist" else 3  # 1 makes the pictures of a folder grey
-TEST_SEED = 1  # another seed draws other samples
 LOG_EVERY = 20  # steps of G between two points of a curve
 
 
@@ -66,42 +77,54 @@ LOG_EVERY = 20  # steps of G between two points of a curve
 def load_images():
     """Return the training images of DATASET: uint8 (N, CHANNELS, height, width)."""
     if DATASET == "mnist":
-        dataset = datasets.MNIST
-        archives = "MNIST's four .gz files, and nothing else, into MNIST/raw"
-    elif DATASET == "cifar10":
-        dataset = datasets.CIFAR10
-        archives = "an undamaged cifar-10-python.tar.gz"
-    else:
+        return datasets.MNIST(config.DATA_PATH, download=True).data.unsqueeze(1)
+    if DATASET != "cifar10":
         return load_folder()
     try:
-        data = dataset(config.DATA_PATH, download=True).data
+        images = datasets.CIFAR10(config.DATA_PATH, download=True).data
     except (OSError, RuntimeError) as error:
-        sys.exit(f"{error}\nIn {config.DATA_PATH}, put {archives}.")
-    if DATASET == "mnist":
-        return data.unsqueeze(1)  # (60000, 1, 28, 28)
-    return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()
+        error.add_note(f"Put cifar-10-python.tar.gz into {config.DATA_PATH}.")
+        raise
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def load_folder():
     """Return the pictures in the folder DATASET and below, except hidden ones:
-    uint8 (N, CHANNELS, 64, 64), the middle square of each."""
+    uint8 (N, CHANNELS, 64, 64)."""
     folder = config.ROOT / DATASET
-    images = []
-    for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True)):
-        if is_image_file(name):
-            picture = ImageOps.exif_transpose(Image.open(folder / name))  # upright
-            picture = ImageOps.fit(picture.convert("RGBA"), (64, 64))
-            square = Image.new("L" if CHANNELS == 1 else "RGB", (64, 64), "white")
-            square.paste(picture, mask=picture)  # white stays behind transparent parts
-            images.append(pil_to_tensor(square))
-    print(f"Found {len(images)} pictures in {folder}")
-    if len(images) < BATCH_SIZE:
+    names = glob.glob("**/*", root_dir=folder, recursive=True)
+    names = sorted(name for name in names if is_image_file(name))
+    print(f"Found {len(names)} pictures in {folder}", flush=True)
+    if len(names) < BATCH_SIZE:
         sys.exit("Too few for a batch: change DATASET, or lower BATCH_SIZE.")
-    return torch.stack(images)
+    images = torch.empty(len(names), CHANNELS, 64, 64, dtype=torch.uint8)
+    for i, name in enumerate(names):
+        try:
+            images[i] = load_picture(folder / name)
+        except Exception as error:
+            error.add_note(f"This picture cannot be read: {folder / name}")
+            raise
+    return images
+
+
+def load_picture(path):
+    """Return the middle square of a picture: uint8 (CHANNELS, 64, 64)."""
+    picture = Image.open(path)
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError("its channels have more than 8 bits")
+    picture.draft(None, (128, 128))  # reads a large JPEG faster, at a smaller size
+    picture = ImageOps.exif_transpose(picture).convert("RGBA")  # upright
+    picture = ImageOps.fit(picture, (64, 64))
+    square = Image.new("L" if CHANNELS == 1 else "RGB", (64, 64), "white")
+    square.paste(picture, mask=picture)  # white stays behind transparent parts
+    return pil_to_tensor(square)
 
 
 def normalize(images):
-    """Turn uint8 images of any size into float (N, CHANNELS, 64, 64), -1 to 1."""
+    """Turn uint8 images of any size into float (N, CHANNELS, 64, 64), -1 to 1.
+
+    64x64 is the size for which DCGAN's layers are made.
+    """
     images = nn.functional.interpolate(images.float(), size=64, mode="bilinear")
     return images / 127.5 - 1
 
@@ -109,6 +132,11 @@ def normalize(images):
 def to_pixels(images):
     """Turn images (N, CHANNELS, 64, 64) from -1 to 1 into pictures from 0 to 1."""
     return images / 2 + 0.5
+
+
+def get_noise(count, device):
+    """Return standard normal noise for G: float (count, NOISE_DIM, 1, 1)."""
+    return torch.randn(count, NOISE_DIM, 1, 1, device=device)
 
 
 # ---- Networks ----
@@ -120,8 +148,9 @@ class Generator(nn.Module):
     def __init__(self):
         super().__init__()
         f = FEATURES
+        # BatchNorm gives each channel mean 0 and variance 1 over all pixels of a batch,
+        # then scales and shifts it. It would subtract a bias again, so there is none.
         self.layers = nn.Sequential(
-            # No bias, as BatchNorm subtracts the mean, and the bias with it.
             nn.ConvTranspose2d(NOISE_DIM, f * 8, 4, bias=False),  # (N, 8f, 4, 4)
             nn.BatchNorm2d(f * 8),
             nn.ReLU(),
@@ -146,8 +175,7 @@ class Critic(nn.Module):
     """Turn images (N, CHANNELS, 64, 64) into scores (N, 1, 1, 1).
 
     BatchNorm would mix the images of a batch, but the penalty is on the slope at each
-    one. InstanceNorm normalises each channel of each image by itself. (WGAN-GP suggests
-    LayerNorm, which normalises all channels of an image together.)
+    one. InstanceNorm normalises each channel of each image by itself.
     """
 
     def __init__(self):
@@ -157,7 +185,7 @@ class Critic(nn.Module):
             nn.Conv2d(CHANNELS, f, 4, 2, 1),  # (N, f, 32, 32)
             nn.LeakyReLU(0.2),
             nn.Conv2d(f, f * 2, 4, 2, 1, bias=False),  # (N, 2f, 16, 16)
-            nn.InstanceNorm2d(f * 2, affine=True),  # affine: learn scale and bias
+            nn.InstanceNorm2d(f * 2, affine=True),  # affine: learn scale and shift
             nn.LeakyReLU(0.2),
             nn.Conv2d(f * 2, f * 4, 4, 2, 1, bias=False),  # (N, 4f, 8, 8)
             nn.InstanceNorm2d(f * 4, affine=True),
@@ -176,15 +204,16 @@ class Critic(nn.Module):
 def gradient_penalty(critic, real, fake):
     """Return PENALTY_WEIGHT times the mean of (slope - 1)^2, and the mean slope.
 
-    For the Wasserstein distance, each fake moves to a real image, and along the line
-    between the two, the best C has slope 1. Nobody knows these pairs, so a random point
-    is taken between each real image and a random fake, both (N, CHANNELS, 64, 64).
+    The best C has slope 1 between each fake and the real image that it would have to
+    move to. Nobody knows these pairs. WGAN-GP (equation 3) pairs real images and fakes
+    at random, and takes a random point between the two of each pair: an approximation
+    that works in practice. real and fake: (N, CHANNELS, 64, 64).
     """
-    share = torch.rand(len(real), 1, 1, 1, device=real.device)
-    mixed = share * real + (1 - share) * fake
+    alpha = torch.rand(len(real), 1, 1, 1, device=real.device)
+    mixed = alpha * real + (1 - alpha) * fake
     mixed.requires_grad_()  # to differentiate C(mixed) with respect to it
     # Each score depends on its own image alone, so the gradient of their sum holds the
-    # gradient of each. create_graph lets backward() differentiate these by C's weights.
+    # gradient of each. create_graph lets backward() go through these to C's weights.
     scores = critic(mixed)
     gradients = torch.autograd.grad(scores.sum(), mixed, create_graph=True)[0]
     slopes = gradients.flatten(1).norm(dim=1)  # (N,)
@@ -202,191 +231,187 @@ def get_gen_loss(fake_output):
     return -fake_output.mean()
 
 
-# ---- Pictures ----
-SAMPLES = Path(config.SAMPLES_PATH, NAME)
+# ---- One step of the game ----
+def train_step(images, generator, critic, gen_optimizer, critic_optimizer):
+    """Update C CRITIC_STEPS times, then G once, with fakes and random batches of the
+    images (uint8). Return a value for each curve, under its name in TensorBoard."""
+    generator.train()  # draw() below leaves G in evaluation mode
+
+    # Update C: maximise the mean of C(x) - C(G(z)), minus the penalty.
+    # detach() ends backward() at the fakes: G's gradients are not needed here.
+    for _ in range(CRITIC_STEPS):
+        indices = torch.randint(len(images), (BATCH_SIZE,), device=images.device)
+        real = normalize(images[indices])  # (N, CHANNELS, 64, 64)
+        fake = generator(get_noise(BATCH_SIZE, images.device)).detach()
+        real_output = critic(real)  # (N, 1, 1, 1)
+        fake_output = critic(fake)  # (N, 1, 1, 1)
+        penalty, slope = gradient_penalty(critic, real, fake)
+        critic_loss = get_critic_loss(real_output, fake_output, penalty)
+        critic_optimizer.zero_grad()
+        critic_loss.backward()
+        critic_optimizer.step()
+
+    # Update G: maximise the mean of C(G(z)), with the C that has just learned.
+    # C gets gradients here too; the next zero_grad() of its optimizer clears them.
+    fake = generator(get_noise(BATCH_SIZE, images.device))
+    gen_loss = get_gen_loss(critic(fake))
+    gen_optimizer.zero_grad()
+    gen_loss.backward()
+    gen_optimizer.step()
+    return {
+        "loss/critic": critic_loss.detach(),  # the value alone, without its graph
+        "loss/generator": gen_loss.detach(),
+        "critic/estimate": (real_output.mean() - fake_output.mean()).detach(),
+        "critic/gradient_norm": slope.detach(),
+        "critic/gradient_penalty": penalty.detach(),  # with PENALTY_WEIGHT
+    }
+
+
+# ======== The lesson ends here ========
+# The rest turns it into a full run, and is almost the same in all four scripts. train()
+# repeats train_step, and after each epoch it saves a picture and a checkpoint.
+NAME = Path(__file__).stem  # this file's name, and that of its results
+CHECKPOINT = config.CALLBACKS_PATH / f"{NAME}.pt"
+SAMPLES = config.SAMPLES_PATH / NAME
 
 
 @torch.no_grad()
 def draw(generator, noise):
-    """Return the pictures that G makes from noise (N, ...), with pixels from 0 to 1."""
-    generator.eval()  # BatchNorm uses running averages instead of this batch's
-    pixels = to_pixels(generator(noise))
-    generator.train()
-    return pixels
+    """Return the pictures that G makes from noise, with pixels from 0 to 1.
+
+    G is left in evaluation mode: BatchNorm uses the mean and variance gathered in
+    training instead of the batch's, so that a picture depends on its own noise alone.
+    """
+    generator.eval()
+    return to_pixels(generator(noise))
 
 
-# ---- Checkpoints ----
-CHECKPOINT = Path(config.CALLBACKS_PATH, f"{NAME}.pt")
+def get_diversity(fakes, reals):
+    """Return the mean distance between two fakes, divided by that between two reals.
+
+    It is near 1 if fakes are as varied as real images, and near 0 if they all look
+    alike, which is called mode collapse. It does not say whether they look real.
+    """
+    return torch.pdist(fakes.flatten(1)).mean() / torch.pdist(reals.flatten(1)).mean()
 
 
-def save_checkpoint(parts, epoch):
-    """Save the states of all parts, and the number of completed epochs."""
-    checkpoint = {name: part.state_dict() for name, part in parts.items()}
-    checkpoint["epoch"] = epoch
-    new = CHECKPOINT.with_suffix(".tmp")
-    torch.save(checkpoint, new)
-    new.replace(CHECKPOINT)  # if the run is killed while saving, the old file survives
+def save_checkpoint(parts, epoch, step):
+    """Save the state of each part, and the numbers of completed epochs and steps.
+
+    parts: {name: network or optimizer}. Adam's state is its averages of gradients and
+    of their squares, and its settings.
+    """
+    states = {name: part.state_dict() for name, part in parts.items()}
+    CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
+    new = CHECKPOINT.with_suffix(".new")
+    torch.save({"epoch": epoch, "step": step, **states}, new)
+    new.replace(CHECKPOINT)  # a run that is killed while saving keeps the old file
 
 
 def load_checkpoint(parts):
-    """Load the states of the parts, and return the number of completed epochs.
-
-    An optimizer's learning rate and betas are restored as well: a resumed run ignores
-    LEARNING_RATE and BETAS.
-    """
+    """Load the states of the parts. Return the completed epochs and steps."""
     try:
-        # weights_only: a file from elsewhere cannot run code
+        # weights_only refuses a file with code in it. The file is loaded to the CPU,
+        # from where load_state_dict copies to the device of each part.
         checkpoint = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        return checkpoint["epoch"]
-    except Exception as error:
-        sys.exit(f"{error}\n{CHECKPOINT} is damaged or does not fit: move it away.")
+        return checkpoint["epoch"], checkpoint["step"]
+    except Exception as error:  # Python prints it as usual, then this note
+        error.add_note(
+            f"If there is no {CHECKPOINT}, train first. If it does not fit this "
+            "script, undo your last edit, or move the checkpoint away to start anew."
+        )
+        raise
 
 
-# ---- Training ----
 def train():
-    """Train both networks. After each epoch, draw and save."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device = config.DEVICE or accelerator or "cpu"
+    """Train both networks up to EPOCHS, from the checkpoint if there is one."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)  # or None
+    device = config.DEVICE or gpu or "cpu"
     torch.manual_seed(config.SEED)
-    fixed_noise = torch.randn(64, NOISE_DIM, 1, 1).to(device)  # the same in every epoch
+    fixed_noise = get_noise(64, device)  # for the pictures of all epochs
     generator = Generator().to(device)
     critic = Critic().to(device)
-    # fused updates all weights in one go, which is faster.
+    # fused=True makes Adam faster on a CPU.
     gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
     critic_optimizer = Adam(critic.parameters(), LEARNING_RATE, BETAS, fused=True)
-    # A checkpoint holds these. A scheduler belongs here too: add it before the first
-    # epoch, as older checkpoints lack it, and step it before each save.
     parts = {
         "generator": generator,
         "critic": critic,
         "gen_optimizer": gen_optimizer,
         "critic_optimizer": critic_optimizer,
     }
-    epochs_done = 0
+    epochs_done = step = 0
     if config.LOAD and CHECKPOINT.exists():
-        epochs_done = load_checkpoint(parts)
-        gen_lr = gen_optimizer.param_groups[0]["lr"]
-        critic_lr = critic_optimizer.param_groups[0]["lr"]
-        print(f"Resuming after epoch {epochs_done}, rates: G {gen_lr}, C {critic_lr}")
-    else:
-        print("Starting from scratch")
+        epochs_done, step = load_checkpoint(parts)
+    print(f"{epochs_done} of {EPOCHS} epochs are done. To train longer, raise EPOCHS.")
+    print(f"Progress is saved in {CHECKPOINT}. To start anew, move it away.")
     if epochs_done >= EPOCHS:
-        print(f"Raise EPOCHS to train longer. To start anew, move {CHECKPOINT} away.")
         return
+    print(f"Training on {device}. Each epoch adds a picture to {SAMPLES}.", flush=True)
 
-    runs = Path(config.TENSORBOARD_PATH, NAME)
-    print(f"Training on {device}, pictures: {SAMPLES}, curves: {runs}", flush=True)
     images = load_images().to(device)
-    steps = len(images) // BATCH_SIZE  # of G in an epoch
-    # purge_step makes TensorBoard forget what came after the checkpoint.
-    writer = SummaryWriter(runs, purge_step=epochs_done * steps)
+    real_pixels = to_pixels(normalize(images[:64])).cpu()
+    # TensorBoard hides an older run's points from purge_step on: a resumed run hides
+    # those after its checkpoint, and a new run all, the picture of step 0 too.
+    purge_step = step + 1 if step else 0
+    writer = SummaryWriter(config.TENSORBOARD_PATH / NAME, purge_step=purge_step)
+    SAMPLES.mkdir(parents=True, exist_ok=True)
     if epochs_done == 0:
-        real_pixels = to_pixels(normalize(images[:64]))
         writer.add_images("images/real", real_pixels, 0)
         save_image(real_pixels, SAMPLES / "real.png")
-        pixels = draw(generator, fixed_noise)
-        writer.add_images("images/fake", pixels, 0)
-        save_image(pixels, SAMPLES / "epoch_0000.png")
+        save_image(draw(generator, fixed_noise), SAMPLES / "epoch_0000.png")
 
     for epoch in range(epochs_done + 1, EPOCHS + 1):
         start = time.time()
-        # Each epoch has its own seed, so that an interrupted one is repeated exactly.
+        # Each epoch has its own seed, so that a stopped one is repeated with the same
+        # random numbers. 10_000 keeps the epochs of different SEEDs apart.
         torch.manual_seed(10_000 * config.SEED + epoch)
-        critic_sum = gen_sum = estimate_sum = 0
-        for step in range((epoch - 1) * steps, epoch * steps):
-            # Update C: maximise the mean of C(x) - C(G(z)), minus the penalty.
-            # detach() keeps the gradients of this loss out of G.
-            for _ in range(CRITIC_STEPS):
-                batch = torch.randint(len(images), (BATCH_SIZE,), device=device)
-                real = normalize(images[batch])  # (N, CHANNELS, 64, 64)
-                noise = torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)
-                fake = generator(noise).detach()  # (N, CHANNELS, 64, 64)
-                real_output = critic(real)  # (N, 1, 1, 1)
-                fake_output = critic(fake)
-                penalty, slope = gradient_penalty(critic, real, fake)
-                critic_loss = get_critic_loss(real_output, fake_output, penalty)
-                critic_optimizer.zero_grad()
-                critic_loss.backward()
-                critic_optimizer.step()
-
-            # Update G: maximise the mean of C(G(z)), with the C that has just learned.
-            # C gets gradients here too; its next zero_grad() clears them.
-            noise = torch.randn(BATCH_SIZE, NOISE_DIM, 1, 1, device=device)
-            gen_loss = get_gen_loss(critic(generator(noise)))
-            gen_optimizer.zero_grad()
-            gen_loss.backward()
-            gen_optimizer.step()
-
-            # C's estimate of the Wasserstein distance, from the last of its steps
-            estimate = (real_output.mean() - fake_output.mean()).detach()
-            critic_sum += critic_loss.detach()  # the value without its graph
-            gen_sum += gen_loss.detach()
-            estimate_sum += estimate
+        history = []
+        for _ in range(len(images) // BATCH_SIZE):
+            curves = train_step(
+                images, generator, critic, gen_optimizer, critic_optimizer
+            )
+            history.append(curves)
+            step += 1
             if step % LOG_EVERY == 0:
-                writer.add_scalar("loss/critic", critic_loss, step)
-                writer.add_scalar("loss/generator", gen_loss, step)
-                writer.add_scalar("critic/wasserstein_distance", estimate, step)
-                writer.add_scalar("critic/gradient_norm", slope, step)
-                writer.add_scalar("critic/gradient_penalty", penalty, step)
-                if sys.stdout.isatty():
-                    print(f"epoch {epoch}, step {step}", end="\r", flush=True)
+                for name, value in curves.items():
+                    writer.add_scalar(name, value, step)
+                print(f"epoch {epoch}, step {step}", end="\r", flush=True)
 
-        pixels = draw(generator, fixed_noise)  # (64, CHANNELS, 64, 64)
+        pixels = draw(generator, fixed_noise).cpu()
         if not pixels.isfinite().all():
-            sys.exit("G draws NaN: lower LEARNING_RATE in a copy of this script.")
+            sys.exit("Training diverged: lower LEARNING_RATE in a copy of this file.")
+        # Show the mean of each curve over the epoch.
+        shown = {name: sum(c[name] for c in history) / len(history) for name in curves}
+        shown["diversity"] = get_diversity(pixels, real_pixels)
+        writer.add_scalar("diversity", shown["diversity"], step)
         writer.add_images("images/fake", pixels, step)
         writer.flush()
         save_image(pixels, SAMPLES / f"epoch_{epoch:04}.png")
-        save_checkpoint(parts, epoch)
+        save_checkpoint(parts, epoch, step)
+        values = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
         minutes = (EPOCHS - epoch) * (time.time() - start) / 60
-        print(
-            f"epoch {epoch}/{EPOCHS}  "
-            f"loss C {critic_sum / steps:.3f}  G {gen_sum / steps:.3f}  "
-            f"estimate {estimate_sum / steps:.3f}  {minutes:.1f} min left",
-            flush=True,
-        )
+        print(f"epoch {epoch}/{EPOCHS}  {values}  {minutes:.1f} min left", flush=True)
 
 
-# ---- Test ----
 def test():
-    """Draw test.png, nearest.png, interpolation.png and epochs.gif, on the CPU."""
-    if not CHECKPOINT.exists():
-        sys.exit(f"There is no {CHECKPOINT}: train first, with TRAIN = True.")
+    """Draw samples, and blends between them, with the checkpoint's generator."""
     generator = Generator()
-    epochs_done = load_checkpoint({"generator": generator})
-    torch.manual_seed(TEST_SEED)
-    noise = torch.randn(64, NOISE_DIM, 1, 1)
-    samples = draw(generator, noise)  # (64, CHANNELS, 64, 64)
-    save_image(samples, SAMPLES / "test.png")
-
-    # What lies between two pictures? Each column goes from one noise vector to another.
-    steps = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
-    save_image(draw(generator, torch.cat(steps)), SAMPLES / "interpolation.png")
-
-    # Only this run's pictures: an older, longer run may have left more of them.
-    paths = [SAMPLES / f"epoch_{epoch:04}.png" for epoch in range(epochs_done + 1)]
-    film = [Image.open(path).reduce(2) for path in paths if path.exists()]
-    if film:
-        gif = SAMPLES / "epochs.gif"
-        film[0].save(gif, append_images=film[1:], save_all=True, duration=200, loop=0)
-
-    # Does G copy? To the right of each sample is the training image nearest to it.
-    images = load_images()
-    distances = []
-    for part in images.split(1000):  # all at once would take gigabytes
-        real = to_pixels(normalize(part))  # (N, CHANNELS, 64, 64)
-        distances.append(torch.cdist(samples.flatten(1), real.flatten(1)))
-    nearest = images[torch.cat(distances, dim=1).argmin(dim=1)]
-    nearest = to_pixels(normalize(nearest))  # (64, CHANNELS, 64, 64)
-    save_image(torch.cat([samples, nearest], dim=3), SAMPLES / "nearest.png")
-    print(f"The pictures are in {SAMPLES}.")
+    load_checkpoint({"generator": generator})
+    torch.manual_seed(-1 - config.SEED)  # negative, unlike the seeds of training
+    noise = get_noise(64, "cpu")
+    SAMPLES.mkdir(parents=True, exist_ok=True)
+    save_image(draw(generator, noise), SAMPLES / "test.png", nrow=8)
+    # Each column of interpolation.png goes from a picture in the first row of test.png
+    # to the one below it.
+    mixes = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
+    save_image(draw(generator, torch.cat(mixes)), SAMPLES / "interpolation.png", nrow=8)
+    print(f"Drew test.png and interpolation.png in {SAMPLES}")
 
 
 if __name__ == "__main__":
-    for folder in CHECKPOINT.parent, SAMPLES:
-        folder.mkdir(parents=True, exist_ok=True)
     if config.TRAIN:
         train()
     if config.TEST:
