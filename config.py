@@ -4,9 +4,9 @@ from pathlib import Path
 
 # What a run does
 TRAIN = True  # train up to the script's EPOCHS
-LOAD = True  # go on from the checkpoint, if any; False starts over and replaces it
+LOAD = True  # resume from the checkpoint, if any; False starts over and replaces it
 TEST = False  # draw with the checkpoint's generator, after training if TRAIN is True
-SEED = 0  # all random numbers follow from it; in TEST, another draws other samples
+SEED = 0  # all random numbers follow from it; with TEST, it chooses the samples
 DEVICE = None  # None trains on the accelerator, if any; or "cpu", "cuda:1", "mps"
 
 # Where files go. The paths are relative to this file: a script runs from any folder.

@@ -1,45 +1,47 @@
 """DCGAN with Wasserstein loss and gradient penalty: pictures in colour.
 
-A critic C takes the place of the discriminator D. Its output is a score, which may be
-any number. C learns to score real images higher than fakes, and G to raise the scores
-of its fakes:
+A critic C takes the place of the discriminator D. It gives each image a score, which
+may be any number. C learns to score real images higher than fakes, and G to raise the
+scores of its fakes:
 
     min over G, max over C:   mean of C(x)  -  mean of C(G(z))
 
-C could raise this difference without end by scaling its scores. So its slope, the norm
-of its gradient with respect to an image, must not exceed 1: the scores of two images at
-distance d then differ by at most d. Under this limit, the largest difference is, by a
-theorem, the Wasserstein distance: how far the fakes would have to move, on average and
-at the least, to be distributed like the real images. A D that is sure of every fake
-gives G little sign of which ones are closer to real images. The Wasserstein distance
-shrinks as fakes approach them, and the gradient of C shows G the way.
+C could make this difference as large as it likes by scaling its scores. So its slope,
+the norm of its gradient with respect to an image, is limited to 1: the scores of two
+images then differ by no more than the distance between the two. (Such a C is called
+1-Lipschitz.) By the Kantorovich-Rubinstein theorem, the largest difference that such a
+C can reach is the Wasserstein distance: if each fake is paired with a real image so
+that the mean distance in the pairs is as small as can be, it is this mean.
 
-WGAN keeps the slope small by clipping C's weights to a small range, which allows C only
-simple functions. WGAN-GP adds a penalty to C's loss instead, for slopes on either side
-of 1: under the limit, the best C has slope 1 all the way from each fake to the real
-image that it would have to move to.
+Once D is sure of every fake, a better fake gets the same answer, and G learns little.
+The Wasserstein distance still shrinks as fakes come closer to real images, and C's
+gradient shows G which way that is.
 
-The penalty is a soft limit. Take just one fake and one real image at distance d, and a
-C that rises evenly between them, so that their scores differ by slope * d. With a
-penalty of weight 10, C maximises slope * d - 10 * (slope - 1)^2, and its best slope is
-1 + d / 20. The scores then differ by d + d^2 / 20, more than the distance. So the
-difference that C reaches is only an estimate: compare it within a run, or between runs
-with the same settings.
+WGAN limits the slope by clipping C's weights, which favours a C that is too simple.
+WGAN-GP adds a penalty to C's loss instead, for each slope that is not 1. Slopes below 1
+count as well: a C that is flatter between the two of a pair does not reach the largest
+difference. A penalty is no strict limit, so the difference that C reaches can be larger
+than the distance, and compares only between runs with the same settings.
 
 Papers:  DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
-         WGAN-GP https://arxiv.org/abs/1704.00028
+         WGAN-GP https://arxiv.org/abs/1704.00028 (with LayerNorm in C, batches of 64
+         and a rate of 1e-4)
 Run:     python dcgan_wgan_gp.py; after Ctrl-C, the same command resumes
-Watch:   pictures in samples/dcgan_wgan_gp, and curves with tensorboard --logdir runs
+Watch:   pictures in samples/dcgan_wgan_gp_cifar10; for curves, run tensorboard
+         --logdir runs in this folder, and open the address that it prints
 Expect:  colours after one epoch, which takes 7 to 20 minutes on a CPU; after five,
          objects that stand out from a background
-Healthy: critic/estimate (the mean of C(x) minus that of C(G(z))) and
-         critic/gradient_norm (C's mean slope) rise while C begins to learn, then fall
-         as fakes come closer; the slope falls towards 1. loss/generator can be anything
+Healthy: critic/estimate, the difference above, and critic/gradient_norm, C's mean
+         slope, rise for some hundred steps, to about 38 and 1.9. They fall as the fakes
+         come closer, in five epochs to about 5 and 1.2. It is unhealthy if they keep
+         rising. loss/generator says nothing: adding a number to all scores changes it,
+         but not C's loss. distance, which compares pixels, falls to 0.03 in an epoch
 Draw:    set TRAIN = False and TEST = True in config.py, and run this script again
-Change:  raise EPOCHS to train on; for other changes, edit a copy beside this file
+Change:  edited settings count from the next start on; try other layers in a copy
 """
 
 import glob
+import math
 import sys
 import time
 from pathlib import Path
@@ -50,7 +52,7 @@ from torch import nn
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets
-from torchvision.datasets.folder import is_image_file
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
@@ -58,19 +60,24 @@ import config
 
 # ---- Settings ----
 DATASET = "cifar10"  # or "mnist", or a folder of pictures beside config.py
-# An epoch has len(images) // BATCH_SIZE steps of G. It is not a pass over the images:
-# each step of C takes random ones.
-EPOCHS = 5
-BATCH_SIZE = 16  # real images in a step of C, and as many fakes; small, for more steps
+EPOCHS = 5  # each has as many steps of G as there are batches of images
+BATCH_SIZE = 16  # real images in a step of C; small, so that an epoch has many steps
 CRITIC_STEPS = 5  # for each step of G, so that C stays near its best
 PENALTY_WEIGHT = 10  # lambda in WGAN-GP
-LEARNING_RATE = 5e-5  # Adam's step size; a resumed run ignores edits to it and BETAS
+LEARNING_RATE = 5e-5  # Adam's step size
 # How much Adam remembers of past gradients, and of their squares: as in WGAN-GP.
 BETAS = (0.0, 0.9)
 NOISE_DIM = 100  # random numbers from which G makes one image
 FEATURES = 16  # channels at 32x32, more at smaller sizes; DCGAN has 128, for a GPU
+SIZE = 64  # height and width; the layers below are made for it: change both together
 CHANNELS = 1 if DATASET == "mnist" else 3  # 1 makes the pictures of a folder grey
-LOG_EVERY = 20  # steps of G between two points of a curve
+LOG_EVERY = 20  # steps between two points of a curve
+PICTURES = 1000  # fakes after each epoch, for the distance; 64 of them are shown
+
+# Names the results, so that a copy has its own, and so has another data set
+NAME = f"{Path(__file__).stem}_{Path(DATASET).name}"
+CHECKPOINT = config.CALLBACKS_PATH / f"{NAME}.pt"
+SAMPLES = config.SAMPLES_PATH / NAME
 
 
 # ---- Data ----
@@ -83,54 +90,28 @@ def load_images():
     try:
         images = datasets.CIFAR10(config.DATA_PATH, download=True).data
     except (OSError, RuntimeError) as error:
-        error.add_note(f"Put cifar-10-python.tar.gz into {config.DATA_PATH}.")
+        error.add_note(f"Or put cifar-10-python.tar.gz into {config.DATA_PATH}.")
         raise
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def load_folder():
-    """Return the pictures in the folder DATASET and below, except hidden ones:
-    uint8 (N, CHANNELS, 64, 64)."""
-    folder = config.ROOT / DATASET
-    names = glob.glob("**/*", root_dir=folder, recursive=True)
-    names = sorted(name for name in names if is_image_file(name))
-    print(f"Found {len(names)} pictures in {folder}", flush=True)
-    if len(names) < BATCH_SIZE:
-        sys.exit("Too few for a batch: change DATASET, or lower BATCH_SIZE.")
-    images = torch.empty(len(names), CHANNELS, 64, 64, dtype=torch.uint8)
-    for i, name in enumerate(names):
-        try:
-            images[i] = load_picture(folder / name)
-        except Exception as error:
-            error.add_note(f"This picture cannot be read: {folder / name}")
-            raise
-    return images
+def get_batches(count, device):
+    """Return the image indices of each step: (steps, CRITIC_STEPS * BATCH_SIZE).
 
-
-def load_picture(path):
-    """Return the middle square of a picture: uint8 (CHANNELS, 64, 64)."""
-    picture = Image.open(path)
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError("its channels have more than 8 bits")
-    picture.draft(None, (128, 128))  # reads a large JPEG faster, at a smaller size
-    picture = ImageOps.exif_transpose(picture).convert("RGBA")  # upright
-    picture = ImageOps.fit(picture, (64, 64))
-    square = Image.new("L" if CHANNELS == 1 else "RGB", (64, 64), "white")
-    square.paste(picture, mask=picture)  # white stays behind transparent parts
-    return pil_to_tensor(square)
+    They are drawn at random: on average, each image comes CRITIC_STEPS times.
+    """
+    steps = max(1, count // BATCH_SIZE)
+    return torch.randint(count, (steps, CRITIC_STEPS * BATCH_SIZE), device=device)
 
 
 def normalize(images):
-    """Turn uint8 images of any size into float (N, CHANNELS, 64, 64), -1 to 1.
-
-    64x64 is the size for which DCGAN's layers are made.
-    """
-    images = nn.functional.interpolate(images.float(), size=64, mode="bilinear")
+    """Turn uint8 images of any size into float (N, CHANNELS, SIZE, SIZE), -1 to 1."""
+    images = nn.functional.interpolate(images.float(), size=SIZE, mode="bilinear")
     return images / 127.5 - 1
 
 
 def to_pixels(images):
-    """Turn images (N, CHANNELS, 64, 64) from -1 to 1 into pictures from 0 to 1."""
+    """Turn images (N, CHANNELS, SIZE, SIZE) from -1 to 1 into pictures from 0 to 1."""
     return images / 2 + 0.5
 
 
@@ -140,8 +121,9 @@ def get_noise(count, device):
 
 
 # ---- Networks ----
-# In the layers, 4, 2, 1 are kernel size, stride and padding. DCGAN begins with weights
-# of standard deviation 0.02; PyTorch's default worked as well here.
+# In the layers, 4, 2, 1 are kernel size, stride and padding: convolutions then halve
+# the sides, and transposed ones, which conv_gan.py explains, double them. DCGAN begins
+# with weights of standard deviation 0.02; PyTorch's default worked as well here.
 class Generator(nn.Module):
     """Turn noise (N, NOISE_DIM, 1, 1) into images (N, CHANNELS, 64, 64), -1 to 1."""
 
@@ -163,7 +145,7 @@ class Generator(nn.Module):
             nn.ConvTranspose2d(f * 2, f, 4, 2, 1, bias=False),  # (N, f, 32, 32)
             nn.BatchNorm2d(f),
             nn.ReLU(),
-            nn.ConvTranspose2d(f, CHANNELS, 4, 2, 1),  # (N, CHANNELS, 64, 64)
+            nn.ConvTranspose2d(f, CHANNELS, 4, 2, 1),  # (N, CHANNELS, SIZE, SIZE)
             nn.Tanh(),
         )
 
@@ -172,7 +154,7 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Turn images (N, CHANNELS, 64, 64) into scores (N, 1, 1, 1).
+    """Turn images (N, CHANNELS, SIZE, SIZE) into scores (N, 1, 1, 1).
 
     BatchNorm would mix the images of a batch, but the penalty is on the slope at each
     one. InstanceNorm normalises each channel of each image by itself.
@@ -204,16 +186,16 @@ class Critic(nn.Module):
 def gradient_penalty(critic, real, fake):
     """Return PENALTY_WEIGHT times the mean of (slope - 1)^2, and the mean slope.
 
-    The best C has slope 1 between each fake and the real image that it would have to
-    move to. Nobody knows these pairs. WGAN-GP (equation 3) pairs real images and fakes
-    at random, and takes a random point between the two of each pair: an approximation
-    that works in practice. real and fake: (N, CHANNELS, 64, 64).
+    The second term of WGAN-GP's equation 3. Nobody knows which fake would move to which
+    real image, so the paper pairs them at random, and takes a random point between the
+    two of each pair. real and fake: (N, CHANNELS, SIZE, SIZE).
     """
-    alpha = torch.rand(len(real), 1, 1, 1, device=real.device)
+    alpha = torch.rand_like(real[:, :1, :1, :1])  # from 0 to 1, one for each pair
     mixed = alpha * real + (1 - alpha) * fake
     mixed.requires_grad_()  # to differentiate C(mixed) with respect to it
     # Each score depends on its own image alone, so the gradient of their sum holds the
-    # gradient of each. create_graph lets backward() go through these to C's weights.
+    # gradient of each. C learns from the slopes, so backward() has to differentiate
+    # these gradients once more: create_graph keeps what that needs.
     scores = critic(mixed)
     gradients = torch.autograd.grad(scores.sum(), mixed, create_graph=True)[0]
     slopes = gradients.flatten(1).norm(dim=1)  # (N,)
@@ -232,28 +214,29 @@ def get_gen_loss(fake_output):
 
 
 # ---- One step of the game ----
-def train_step(images, generator, critic, gen_optimizer, critic_optimizer):
-    """Update C CRITIC_STEPS times, then G once, with fakes and random batches of the
-    images (uint8). Return a value for each curve, under its name in TensorBoard."""
-    generator.train()  # draw() below leaves G in evaluation mode
+def train_step(real, generator, critic, gen_optimizer, critic_optimizer):
+    """Update C CRITIC_STEPS times, each with its share of the real images, then G once.
 
-    # Update C: maximise the mean of C(x) - C(G(z)), minus the penalty.
-    # detach() ends backward() at the fakes: G's gradients are not needed here.
-    for _ in range(CRITIC_STEPS):
-        indices = torch.randint(len(images), (BATCH_SIZE,), device=images.device)
-        real = normalize(images[indices])  # (N, CHANNELS, 64, 64)
-        fake = generator(get_noise(BATCH_SIZE, images.device)).detach()
-        real_output = critic(real)  # (N, 1, 1, 1)
+    real: (CRITIC_STEPS * N, CHANNELS, SIZE, SIZE)
+    Return the values of TensorBoard's curves: {name: tensor of one number}.
+    """
+    generator.train()  # back to training mode: draw() switches to evaluation mode
+
+    # Update C: maximise the mean of C(x) - C(G(z)), minus the penalty, with new fakes
+    # each time. detach() cuts them off from G: backward() computes C's gradients alone.
+    for batch in real.chunk(CRITIC_STEPS):
+        fake = generator(get_noise(len(batch), real.device)).detach()
+        real_output = critic(batch)  # (N, 1, 1, 1)
         fake_output = critic(fake)  # (N, 1, 1, 1)
-        penalty, slope = gradient_penalty(critic, real, fake)
+        penalty, slope = gradient_penalty(critic, batch, fake)
         critic_loss = get_critic_loss(real_output, fake_output, penalty)
         critic_optimizer.zero_grad()
         critic_loss.backward()
         critic_optimizer.step()
 
-    # Update G: maximise the mean of C(G(z)), with the C that has just learned.
-    # C gets gradients here too; the next zero_grad() of its optimizer clears them.
-    fake = generator(get_noise(BATCH_SIZE, images.device))
+    # Update G: maximise the mean of C(G(z)), with the new C. backward() gives C
+    # gradients, too, but gen_optimizer changes G alone.
+    fake = generator(get_noise(len(batch), real.device))
     gen_loss = get_gen_loss(critic(fake))
     gen_optimizer.zero_grad()
     gen_loss.backward()
@@ -267,40 +250,144 @@ def train_step(images, generator, critic, gen_optimizer, critic_optimizer):
     }
 
 
-# ======== The lesson ends here ========
-# The rest turns it into a full run, and is almost the same in all four scripts. train()
-# repeats train_step, and after each epoch it saves a picture and a checkpoint.
-NAME = Path(__file__).stem  # this file's name, and that of its results
-CHECKPOINT = config.CALLBACKS_PATH / f"{NAME}.pt"
-SAMPLES = config.SAMPLES_PATH / NAME
+# ---- Training ----
+def train():
+    """Repeat train_step up to EPOCHS, resuming from the checkpoint if there is one."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)  # or None
+    device = config.DEVICE or gpu or "cpu"
+    torch.manual_seed(config.SEED)
+    fixed_noise = get_noise(PICTURES, device)  # the same for the pictures of all epochs
+    generator = Generator().to(device)
+    critic = Critic().to(device)
+    # Each optimizer changes one network. fused=True computes the same, but faster.
+    gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
+    critic_optimizer = Adam(critic.parameters(), LEARNING_RATE, BETAS, fused=True)
+    parts = {  # what a checkpoint saves
+        "generator": generator,
+        "critic": critic,
+        "gen_optimizer": gen_optimizer,
+        "critic_optimizer": critic_optimizer,
+    }
+    epochs_done, step = 0, 0
+    if config.LOAD and CHECKPOINT.exists():
+        epochs_done, step = load_checkpoint(parts)
+    print(f"{epochs_done} of {EPOCHS} epochs are done. To train longer, raise EPOCHS.")
+    if epochs_done >= EPOCHS:
+        return
+
+    print(f"Training on {device}. Pictures are in {SAMPLES}.", flush=True)
+    images = load_images().to(device)
+    # TensorBoard hides an older run's points: those after the checkpoint, or all.
+    purge_step = step + 1 if step else 0
+    writer = SummaryWriter(config.TENSORBOARD_PATH / NAME, purge_step=purge_step)
+    if epochs_done == 0:
+        show(generator, fixed_noise, images, writer, epoch=0, step=0)
+    for epoch in range(epochs_done + 1, EPOCHS + 1):
+        start = time.time()
+        # Each epoch has its own seed, so that an interrupted one can be repeated.
+        torch.manual_seed(10_000 * config.SEED + epoch)
+        for indices in get_batches(len(images), device):
+            real = normalize(images[indices])
+            values = train_step(
+                real, generator, critic, gen_optimizer, critic_optimizer
+            )
+            step += 1
+            if step % LOG_EVERY == 0:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
+                print(f"epoch {epoch}, step {step}", end="\r", flush=True)
+
+        values["distance"] = show(generator, fixed_noise, images, writer, epoch, step)
+        save_checkpoint(parts, epoch, step)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+        minutes = (EPOCHS - epoch) * (time.time() - start) / 60
+        print(f"epoch {epoch}/{EPOCHS}  {shown}  {minutes:.1f} min left", flush=True)
+
+
+# ======== The lesson ends here; pictures and files follow ========
+def load_folder():
+    """Return the pictures in the folder DATASET and below, except hidden ones.
+
+    uint8 (N, CHANNELS, SIZE, SIZE). If they are fewer than 5,000, all are repeated
+    equally often, so that an epoch has enough steps. Files with other endings than
+    IMG_EXTENSIONS, such as a phone's .heic, are skipped: convert them first.
+    """
+    folder = config.ROOT / DATASET
+    names = glob.glob("**/*", root_dir=folder, recursive=True)
+    names = sorted(name for name in names if is_image_file(name))
+    print(f"Found {len(names)} pictures in {folder}", flush=True)
+    if not names:
+        sys.exit(f"Change DATASET. Pictures end in {', '.join(IMG_EXTENSIONS)}.")
+    images = torch.empty(len(names), CHANNELS, SIZE, SIZE, dtype=torch.uint8)
+    for i, name in enumerate(names):
+        try:
+            picture = load_picture(folder / name)
+        except Exception as error:
+            error.add_note(f"This picture cannot be read: {folder / name}")
+            raise
+        images[i] = picture
+    return images.repeat(math.ceil(5000 / len(images)), 1, 1, 1)
+
+
+def load_picture(path):
+    """Return the middle square of a picture: uint8 (CHANNELS, SIZE, SIZE)."""
+    picture = Image.open(path)
+    if picture.mode.startswith(("I", "F")):  # integers or floats of 16 or 32 bits
+        raise ValueError("its channels have more than 8 bits")
+    picture.draft(None, (2 * SIZE, 2 * SIZE))  # reads large JPEGs faster
+    picture = ImageOps.exif_transpose(picture).convert("RGBA")  # upright
+    picture = ImageOps.fit(picture, (SIZE, SIZE))
+    square = Image.new("L" if CHANNELS == 1 else "RGB", picture.size, "white")
+    square.paste(picture, mask=picture)  # white stays behind transparent parts
+    return pil_to_tensor(square)
 
 
 @torch.no_grad()
 def draw(generator, noise):
     """Return the pictures that G makes from noise, with pixels from 0 to 1.
 
-    G is left in evaluation mode: BatchNorm uses the mean and variance gathered in
-    training instead of the batch's, so that a picture depends on its own noise alone.
+    In evaluation mode, BatchNorm uses the mean and variance gathered in training, not
+    the batch's: a picture depends on its own noise alone. train_step switches back.
     """
     generator.eval()
     return to_pixels(generator(noise))
 
 
-def get_diversity(fakes, reals):
-    """Return the mean distance between two fakes, divided by that between two reals.
+def get_distance(fakes, reals):
+    """Return the sliced Wasserstein distance of fakes and equally many real pictures.
 
-    It is near 1 if fakes are as varied as real images, and near 0 if they all look
-    alike, which is called mode collapse. It does not say whether they look real.
+    The dot product with a random direction turns each picture into one number. Sorted,
+    the numbers of both sets nearly agree if the sets are distributed alike. This is the
+    root of their mean squared difference, over 256 directions: 0.03 to 0.05 for random
+    sets of 1,000 real digits, above 0.1 for fakes that look alike, are pale, or noise.
+    It hardly sees fine strokes, so pictures get better after it has stopped falling.
     """
-    return torch.pdist(fakes.flatten(1)).mean() / torch.pdist(reals.flatten(1)).mean()
+    directions = nn.functional.normalize(torch.randn(fakes[0].numel(), 256), dim=0)
+    fakes = (fakes.flatten(1) @ directions).sort(dim=0).values
+    reals = (reals.flatten(1) @ directions).sort(dim=0).values
+    return (fakes - reals).pow(2).mean().sqrt()
+
+
+def show(generator, noise, images, writer, epoch, step):
+    """Save 64 fakes and 64 real pictures. Return the distance for all fakes."""
+    fakes = draw(generator, noise).cpu()
+    if not fakes.isfinite().all():
+        sys.exit("Training diverged: lower LEARNING_RATE, and run this script again.")
+    indices = torch.randint(len(images), (len(fakes),), device=images.device)
+    reals = to_pixels(normalize(images[indices])).cpu()
+    distance = get_distance(fakes, reals)
+    writer.add_scalar("distance", distance, step)
+    writer.add_images("images/fake", fakes[:64], step)
+    writer.add_images("images/real", reals[:64], step)
+    writer.flush()
+    SAMPLES.mkdir(parents=True, exist_ok=True)
+    save_image(fakes[:64], SAMPLES / f"epoch_{epoch:04}.png")
+    save_image(reals[:64], SAMPLES / "real.png")
+    return distance
 
 
 def save_checkpoint(parts, epoch, step):
-    """Save the state of each part, and the numbers of completed epochs and steps.
-
-    parts: {name: network or optimizer}. Adam's state is its averages of gradients and
-    of their squares, and its settings.
-    """
+    """Save the state of each part, and the numbers of completed epochs and steps."""
     states = {name: part.state_dict() for name, part in parts.items()}
     CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
     new = CHECKPOINT.with_suffix(".new")
@@ -309,106 +396,25 @@ def save_checkpoint(parts, epoch, step):
 
 
 def load_checkpoint(parts):
-    """Load the states of the parts. Return the completed epochs and steps."""
-    try:
-        # weights_only refuses a file with code in it. The file is loaded to the CPU,
-        # from where load_state_dict copies to the device of each part.
-        checkpoint = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        return checkpoint["epoch"], checkpoint["step"]
-    except Exception as error:  # Python prints it as usual, then this note
-        error.add_note(
-            f"If there is no {CHECKPOINT}, train first. If it does not fit this "
-            "script, undo your last edit, or move the checkpoint away to start anew."
-        )
-        raise
-
-
-def train():
-    """Train both networks up to EPOCHS, from the checkpoint if there is one."""
-    gpu = torch.accelerator.current_accelerator(check_available=True)  # or None
-    device = config.DEVICE or gpu or "cpu"
-    torch.manual_seed(config.SEED)
-    fixed_noise = get_noise(64, device)  # for the pictures of all epochs
-    generator = Generator().to(device)
-    critic = Critic().to(device)
-    # fused=True makes Adam faster on a CPU.
-    gen_optimizer = Adam(generator.parameters(), LEARNING_RATE, BETAS, fused=True)
-    critic_optimizer = Adam(critic.parameters(), LEARNING_RATE, BETAS, fused=True)
-    parts = {
-        "generator": generator,
-        "critic": critic,
-        "gen_optimizer": gen_optimizer,
-        "critic_optimizer": critic_optimizer,
-    }
-    epochs_done = step = 0
-    if config.LOAD and CHECKPOINT.exists():
-        epochs_done, step = load_checkpoint(parts)
-    print(f"{epochs_done} of {EPOCHS} epochs are done. To train longer, raise EPOCHS.")
-    print(f"Progress is saved in {CHECKPOINT}. To start anew, move it away.")
-    if epochs_done >= EPOCHS:
-        return
-    print(f"Training on {device}. Each epoch adds a picture to {SAMPLES}.", flush=True)
-
-    images = load_images().to(device)
-    real_pixels = to_pixels(normalize(images[:64])).cpu()
-    # TensorBoard hides an older run's points from purge_step on: a resumed run hides
-    # those after its checkpoint, and a new run all, the picture of step 0 too.
-    purge_step = step + 1 if step else 0
-    writer = SummaryWriter(config.TENSORBOARD_PATH / NAME, purge_step=purge_step)
-    SAMPLES.mkdir(parents=True, exist_ok=True)
-    if epochs_done == 0:
-        writer.add_images("images/real", real_pixels, 0)
-        save_image(real_pixels, SAMPLES / "real.png")
-        save_image(draw(generator, fixed_noise), SAMPLES / "epoch_0000.png")
-
-    for epoch in range(epochs_done + 1, EPOCHS + 1):
-        start = time.time()
-        # Each epoch has its own seed, so that a stopped one is repeated with the same
-        # random numbers. 10_000 keeps the epochs of different SEEDs apart.
-        torch.manual_seed(10_000 * config.SEED + epoch)
-        history = []
-        for _ in range(len(images) // BATCH_SIZE):
-            curves = train_step(
-                images, generator, critic, gen_optimizer, critic_optimizer
-            )
-            history.append(curves)
-            step += 1
-            if step % LOG_EVERY == 0:
-                for name, value in curves.items():
-                    writer.add_scalar(name, value, step)
-                print(f"epoch {epoch}, step {step}", end="\r", flush=True)
-
-        pixels = draw(generator, fixed_noise).cpu()
-        if not pixels.isfinite().all():
-            sys.exit("Training diverged: lower LEARNING_RATE in a copy of this file.")
-        # Show the mean of each curve over the epoch.
-        shown = {name: sum(c[name] for c in history) / len(history) for name in curves}
-        shown["diversity"] = get_diversity(pixels, real_pixels)
-        writer.add_scalar("diversity", shown["diversity"], step)
-        writer.add_images("images/fake", pixels, step)
-        writer.flush()
-        save_image(pixels, SAMPLES / f"epoch_{epoch:04}.png")
-        save_checkpoint(parts, epoch, step)
-        values = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
-        minutes = (EPOCHS - epoch) * (time.time() - start) / 60
-        print(f"epoch {epoch}/{EPOCHS}  {values}  {minutes:.1f} min left", flush=True)
+    """Load the state of each part. Return the numbers of completed epochs and steps."""
+    print(f"Loading {CHECKPOINT}. To start anew, move it away.", flush=True)
+    checkpoint = torch.load(CHECKPOINT, map_location="cpu")  # works without its GPU too
+    for name, part in parts.items():
+        state = checkpoint[name]
+        if "optimizer" in name:  # keep the script's settings, such as its learning rate
+            state["param_groups"] = part.state_dict()["param_groups"]
+        part.load_state_dict(state)
+    return checkpoint["epoch"], checkpoint["step"]
 
 
 def test():
-    """Draw samples, and blends between them, with the checkpoint's generator."""
+    """Draw 64 samples with the checkpoint's generator."""
     generator = Generator()
     load_checkpoint({"generator": generator})
     torch.manual_seed(-1 - config.SEED)  # negative, unlike the seeds of training
-    noise = get_noise(64, "cpu")
     SAMPLES.mkdir(parents=True, exist_ok=True)
-    save_image(draw(generator, noise), SAMPLES / "test.png", nrow=8)
-    # Each column of interpolation.png goes from a picture in the first row of test.png
-    # to the one below it.
-    mixes = [noise[:8].lerp(noise[8:16], i / 9) for i in range(10)]
-    save_image(draw(generator, torch.cat(mixes)), SAMPLES / "interpolation.png", nrow=8)
-    print(f"Drew test.png and interpolation.png in {SAMPLES}")
+    save_image(draw(generator, get_noise(64, "cpu")), SAMPLES / "test.png")
+    print(f"Drew {SAMPLES / 'test.png'}")
 
 
 if __name__ == "__main__":
