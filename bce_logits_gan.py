@@ -1,21 +1,23 @@
 """Logits GAN: the game of vanilla_gan.py with a numerically stable loss.
 
 In vanilla_gan.py, D ends in a sigmoid, and BCELoss takes its logarithm. Call D's output
-before the sigmoid the logit s: D(x) is sigmoid(s). In float32, both networks can lose
-their gradient:
+before the sigmoid the logit s: D(x) is sigmoid(s). Both networks can lose their
+gradient:
 
-- For a fake with s of 17 or more, sigmoid(s) is rounded to 1, where its slope is 0. D
-  learns nothing from its greatest mistakes.
-- For a fake with s far below 0, the gradient of G's loss with respect to s should be
-  -1, but is -0.09 at s = -30 and -4e-6 at -40. BCELoss divides by p (1 - p), where
-  p = sigmoid(s), to cancel the sigmoid's slope, but never by less than 1e-12.
+- If D takes a fake for real, with s of 17 or more, float32 rounds p = sigmoid(s) to 1,
+  so its slope is 0. D learns nothing from its worst mistakes.
+- If D is sure of a fake, s is far below 0. G's loss -log p has slope -1 / p, and the
+  sigmoid has p (1 - p), so the gradient with respect to s should be near -1. But it is
+  -0.09 at s = -30 and -4e-6 at -40, because BCELoss computes -1 / p as
+  (p - 1) / (p (1 - p)), and never divides by less than 1e-12.
 
-Here, D ends in the logit, and BCEWithLogitsLoss computes sigmoid and logarithm in one
-step, where exp() cannot overflow. Its gradient is sigmoid(s) - target, 1 for a fake
-with s = 17:
+Here, D gives the logit, and BCEWithLogitsLoss computes sigmoid and logarithm together:
 
     -log sigmoid(s)        =  max(0, -s)  +  log(1 + exp(-|s|))
     -log(1 - sigmoid(s))   =  max(0, s)   +  log(1 + exp(-|s|))
+
+This exp() cannot overflow, and the gradient is sigmoid(s) - target: 1 for D's mistake
+at s = 17, and -1 for G at s = -40.
 
 Also new: functions build the same layers from blocks, and G ends in a sigmoid. Its
 outputs, pixels from 0 to 1, are normalised like those of real images.
@@ -24,12 +26,13 @@ Paper:   Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:     python bce_logits_gan.py; after Ctrl-C, the same command resumes
 Watch:   pictures in samples/bce_logits_gan; for curves, run tensorboard --logdir runs
          in this folder, and open the address that it prints
-Expect:  digits after 5 epochs, good ones after 12; all 50 take 3 to 8 minutes on a CPU
-Healthy: D's loss is 0.6 to 0.69, G's 0.7 to 1, and distance (of fakes from real images)
-         falls to 0.04. If D's loss stays near 0, D has won: no small change to a fake
-         makes D doubt any more, so G no longer learns what would make fakes better
+Expect:  digits after 5 epochs, good ones after 12; all 50 take 3 to 10 minutes on a CPU
+Healthy: D's loss stays at 0.6 to 0.69, G's at 0.7 to 1, and distance (of fakes from
+         real images) falls to 0.03. If D's loss stays near 0, D has won: it catches
+         every fake, whatever G tries, and fakes get no better
 Draw:    set TRAIN = False and TEST = True in config.py, and run this script again
-Change:  edited settings count from the next start on; try other layers in a copy
+Change:  edit a setting, and the next start goes on with it: more EPOCHS train longer.
+         To compare settings, or to try other layers or another NOISE_DIM, use a copy
 """
 
 import sys
@@ -49,8 +52,9 @@ import config
 EPOCHS = 50  # passes over the training images
 BATCH_SIZE = 128  # real images in a step, and equally many fakes
 LEARNING_RATE = 3e-4  # Adam's step size
-# How much Adam remembers: nothing (0.0) of past gradients, which were computed against
-# an older opponent, and much (0.999, the default) of their squares, which scale steps.
+# Adam steps along an average of past gradients, divided by the root of an average of
+# their squares. BETAS say how much these remember: nothing (0.0, not 0.9) of gradients,
+# which come from an older opponent, and much (0.999, the default) of squares.
 BETAS = (0.0, 0.999)
 NOISE_DIM = 64  # random numbers from which G makes one image
 # Pixels from 0 to 1 become (pixel - mean) / std, in real images and in fakes alike. So
@@ -75,7 +79,7 @@ def get_batches(count, device):
     """Return the image indices of each step in an epoch: tensors (BATCH_SIZE,).
 
     All images are in memory, so no DataLoader is needed. Each comes once, in random
-    order. The last few, if they fill no batch, are skipped, unless there is no other.
+    order. An incomplete last batch is left out, unless it is the only one.
     """
     steps = max(1, count // BATCH_SIZE)
     return torch.randperm(count, device=device).split(BATCH_SIZE)[:steps]
@@ -112,7 +116,7 @@ def get_disc_block(in_dim, out_dim):
     """Return a block of D, from (N, in_dim) to (N, out_dim)."""
     return nn.Sequential(
         nn.Linear(in_dim, out_dim),
-        nn.LeakyReLU(0.2),  # G learns through D: where ReLU is flat, this is not
+        nn.LeakyReLU(0.2),  # G's gradients come through D; ReLU blocks some of them
     )
 
 
@@ -139,7 +143,8 @@ class Discriminator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # No BatchNorm: it would hide from D that fakes and real images differ in mean.
+        # Real images and fakes come in separate batches. BatchNorm would give both the
+        # same mean, and so hide a difference from D.
         self.layers = nn.Sequential(
             get_disc_block(28 * 28, 256),  # (N, 256)
             get_disc_block(256, 128),  # (N, 128)
@@ -202,7 +207,7 @@ def train_step(real, generator, discriminator, gen_optimizer, disc_optimizer):
 
 # ---- Training ----
 def train():
-    """Repeat train_step up to EPOCHS, resuming from the checkpoint if there is one."""
+    """Train up to EPOCHS, and resume from the checkpoint if there is one."""
     gpu = torch.accelerator.current_accelerator(check_available=True)  # or None
     device = config.DEVICE or gpu or "cpu"
     torch.manual_seed(config.SEED)
@@ -221,13 +226,13 @@ def train():
     epochs_done, step = 0, 0
     if config.LOAD and CHECKPOINT.exists():
         epochs_done, step = load_checkpoint(parts)
-    print(f"{epochs_done} of {EPOCHS} epochs are done. To train longer, raise EPOCHS.")
+    print(f"{epochs_done} of {EPOCHS} epochs are done.")
     if epochs_done >= EPOCHS:
         return
 
     print(f"Training on {device}. Pictures are in {SAMPLES}.", flush=True)
     images = load_images().to(device)
-    # TensorBoard hides an older run's points: those after the checkpoint, or all.
+    # TensorBoard hides what an older run wrote from purge_step on; 0 hides all of it.
     purge_step = step + 1 if step else 0
     writer = SummaryWriter(config.TENSORBOARD_PATH / NAME, purge_step=purge_step)
     if epochs_done == 0:
@@ -269,11 +274,11 @@ def draw(generator, noise):
 def get_distance(fakes, reals):
     """Return the sliced Wasserstein distance of fakes and equally many real pictures.
 
-    The dot product with a random direction turns each picture into one number. Sorted,
-    the numbers of both sets nearly agree if the sets are distributed alike. This is the
-    root of their mean squared difference, over 256 directions: 0.03 to 0.05 for random
-    sets of 1,000 real digits, above 0.1 for fakes that look alike, are pale, or noise.
-    It hardly sees fine strokes, so pictures get better after it has stopped falling.
+    The dot product with a random direction turns each picture into one number. If both
+    sets are distributed alike, their smallest numbers nearly agree, and so do the
+    second smallest, and so on. The distance is the root of the mean squared difference
+    of these pairs, over 256 directions: about 0.02 for two sets of 1,000 real digits,
+    above 0.1 if fakes look alike, are pale, or noise. It hardly sees fine strokes.
     """
     directions = nn.functional.normalize(torch.randn(fakes[0].numel(), 256), dim=0)
     fakes = (fakes.flatten(1) @ directions).sort(dim=0).values
@@ -311,10 +316,10 @@ def save_checkpoint(parts, epoch, step):
 def load_checkpoint(parts):
     """Load the state of each part. Return the numbers of completed epochs and steps."""
     print(f"Loading {CHECKPOINT}. To start anew, move it away.", flush=True)
-    checkpoint = torch.load(CHECKPOINT, map_location="cpu")  # works without its GPU too
+    checkpoint = torch.load(CHECKPOINT, map_location="cpu")  # its GPU is not needed
     for name, part in parts.items():
         state = checkpoint[name]
-        if "optimizer" in name:  # keep the script's settings, such as its learning rate
+        if "optimizer" in name:  # its settings come from the script, not the file
             state["param_groups"] = part.state_dict()["param_groups"]
         part.load_state_dict(state)
     return checkpoint["epoch"], checkpoint["step"]

@@ -1,27 +1,28 @@
-"""Convolutional GAN: networks that see patches, with the loss of bce_logits_gan.py.
+"""Convolutional GAN: networks that work on patches, with the loss of bce_logits_gan.py.
 
 To a Linear layer, an image is 784 numbers in no particular order. A convolution looks
 at patches of 5x5 pixels with the same weights everywhere, so a stroke learned in one
 place is known everywhere. A layer has many such sets of weights, and each makes one
-channel. In D, patches that start two pixels apart (stride 2) halve the sides: 28, 14,
-7. In G, a transposed convolution goes the other way: for each pixel it paints a 5x5
-patch, multiplied by the pixel's value, and adds up the overlaps. With stride 2 it
-doubles the sides: 7, 14, 28.
+channel. In D, patches that start two pixels apart (stride 2) halve height and width:
+28, 14, 7. In G, a transposed convolution goes the other way: for each pixel of each
+channel, it paints a 5x5 patch of weights, multiplied by the pixel's value, and adds up
+all patches. With stride 2, it doubles height and width: 7, 14, 28.
 
-As in bce_logits_gan.py, D ends in the logit s, and D(x) is sigmoid(s). Also new are
+As in bce_logits_gan.py, D gives the logit s, and D(x) is sigmoid(s). Also new are
 Dropout in D, LeakyReLU in G, and small batches, which make many steps in each epoch.
 
 Paper:   Radford et al. 2015, DCGAN, https://arxiv.org/abs/1511.06434, with other layers
 Run:     python conv_gan.py; after Ctrl-C, the same command resumes
 Watch:   pictures in samples/conv_gan; for curves, run tensorboard --logdir runs
          in this folder, and open the address that it prints
-Expect:  digits after an epoch, which takes 3 to 10 minutes on a CPU, and good ones
+Expect:  digits after one epoch, which takes 3 to 10 minutes on a CPU, and good ones
          after 5 epochs
-Healthy: D's loss is 0.6 to 0.69, G's 0.7 to 1, and distance (of fakes from real images)
-         falls to 0.04. If D's loss stays near 0, D has won: no small change to a fake
-         makes D doubt any more, so G no longer learns what would make fakes better
+Healthy: D's loss stays at 0.6 to 0.69, G's at 0.7 to 1, and distance (of fakes from
+         real images) falls to 0.03. If D's loss stays near 0, D has won: it catches
+         every fake, whatever G tries, and fakes get no better
 Draw:    set TRAIN = False and TEST = True in config.py, and run this script again
-Change:  edited settings count from the next start on; try other layers in a copy
+Change:  edit a setting, and the next start goes on with it: more EPOCHS train longer.
+         To compare settings, or to try other layers or another NOISE_DIM, use a copy
 """
 
 import sys
@@ -41,8 +42,9 @@ import config
 EPOCHS = 100  # passes over the training images
 BATCH_SIZE = 16  # real images in a step, and equally many fakes
 LEARNING_RATE = 1e-4  # Adam's step size
-# How much Adam remembers: nothing (0.0) of past gradients, which were computed against
-# an older opponent, and much (0.999, the default) of their squares, which scale steps.
+# Adam steps along an average of past gradients, divided by the root of an average of
+# their squares. BETAS say how much these remember: nothing (0.0, not 0.9) of gradients,
+# which come from an older opponent, and much (0.999, the default) of squares.
 BETAS = (0.0, 0.999)
 NOISE_DIM = 100  # random numbers from which G makes one image
 LOG_EVERY = 100  # steps between two points of a curve
@@ -63,7 +65,7 @@ def get_batches(count, device):
     """Return the image indices of each step in an epoch: tensors (BATCH_SIZE,).
 
     All images are in memory, so no DataLoader is needed. Each comes once, in random
-    order. The last few, if they fill no batch, are skipped, unless there is no other.
+    order. An incomplete last batch is left out, unless it is the only one.
     """
     steps = max(1, count // BATCH_SIZE)
     return torch.randperm(count, device=device).split(BATCH_SIZE)[:steps]
@@ -93,8 +95,8 @@ class Generator(nn.Module):
         # BatchNorm gives each feature or channel mean 0 and variance 1 over the batch,
         # then scales and shifts it. It would subtract a bias again, so there is none.
         # Seven patches of 5 pixels, 2 apart, span 17 pixels. padding cuts off 2 on each
-        # side, and output_padding gives 1 back: 7 becomes 14, and then 14 becomes 28.
-        # The first transposed convolution has stride 1, and 7 stays 7.
+        # side (in Conv2d, it adds 2), and output_padding gives 1 back: 7 becomes 14,
+        # and then 14 becomes 28. With stride 1 they span 11, of which 7 are left.
         double = {"stride": 2, "padding": 2, "output_padding": 1}
         self.layers = nn.Sequential(
             nn.Linear(NOISE_DIM, 7 * 7 * 256, bias=False),  # (N, 12544)
@@ -120,11 +122,12 @@ class Discriminator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # No BatchNorm: it would hide from D that fakes and real images differ in mean.
+        # Real images and fakes come in separate batches. BatchNorm would give both the
+        # same mean, and so hide a difference from D.
         self.layers = nn.Sequential(
             nn.Conv2d(1, 64, 5, stride=2, padding=2),  # (N, 64, 14, 14)
-            nn.LeakyReLU(0.2),  # G learns through D: where ReLU is flat, this is not
-            nn.Dropout(0.3),  # zeroes a random 30 %: D must not rely on a few values
+            nn.LeakyReLU(0.2),  # G's gradients come through D; ReLU blocks some of them
+            nn.Dropout(0.3),  # zeroes a random 30%: D must not rely on a few values
             nn.Conv2d(64, 128, 5, stride=2, padding=2),  # (N, 128, 7, 7)
             nn.LeakyReLU(0.2),
             nn.Dropout(0.3),
@@ -187,7 +190,7 @@ def train_step(real, generator, discriminator, gen_optimizer, disc_optimizer):
 
 # ---- Training ----
 def train():
-    """Repeat train_step up to EPOCHS, resuming from the checkpoint if there is one."""
+    """Train up to EPOCHS, and resume from the checkpoint if there is one."""
     gpu = torch.accelerator.current_accelerator(check_available=True)  # or None
     device = config.DEVICE or gpu or "cpu"
     torch.manual_seed(config.SEED)
@@ -206,13 +209,13 @@ def train():
     epochs_done, step = 0, 0
     if config.LOAD and CHECKPOINT.exists():
         epochs_done, step = load_checkpoint(parts)
-    print(f"{epochs_done} of {EPOCHS} epochs are done. To train longer, raise EPOCHS.")
+    print(f"{epochs_done} of {EPOCHS} epochs are done.")
     if epochs_done >= EPOCHS:
         return
 
     print(f"Training on {device}. Pictures are in {SAMPLES}.", flush=True)
     images = load_images().to(device)
-    # TensorBoard hides an older run's points: those after the checkpoint, or all.
+    # TensorBoard hides what an older run wrote from purge_step on; 0 hides all of it.
     purge_step = step + 1 if step else 0
     writer = SummaryWriter(config.TENSORBOARD_PATH / NAME, purge_step=purge_step)
     if epochs_done == 0:
@@ -254,11 +257,11 @@ def draw(generator, noise):
 def get_distance(fakes, reals):
     """Return the sliced Wasserstein distance of fakes and equally many real pictures.
 
-    The dot product with a random direction turns each picture into one number. Sorted,
-    the numbers of both sets nearly agree if the sets are distributed alike. This is the
-    root of their mean squared difference, over 256 directions: 0.03 to 0.05 for random
-    sets of 1,000 real digits, above 0.1 for fakes that look alike, are pale, or noise.
-    It hardly sees fine strokes, so pictures get better after it has stopped falling.
+    The dot product with a random direction turns each picture into one number. If both
+    sets are distributed alike, their smallest numbers nearly agree, and so do the
+    second smallest, and so on. The distance is the root of the mean squared difference
+    of these pairs, over 256 directions: about 0.02 for two sets of 1,000 real digits,
+    above 0.1 if fakes look alike, are pale, or noise. It hardly sees fine strokes.
     """
     directions = nn.functional.normalize(torch.randn(fakes[0].numel(), 256), dim=0)
     fakes = (fakes.flatten(1) @ directions).sort(dim=0).values
@@ -296,10 +299,10 @@ def save_checkpoint(parts, epoch, step):
 def load_checkpoint(parts):
     """Load the state of each part. Return the numbers of completed epochs and steps."""
     print(f"Loading {CHECKPOINT}. To start anew, move it away.", flush=True)
-    checkpoint = torch.load(CHECKPOINT, map_location="cpu")  # works without its GPU too
+    checkpoint = torch.load(CHECKPOINT, map_location="cpu")  # its GPU is not needed
     for name, part in parts.items():
         state = checkpoint[name]
-        if "optimizer" in name:  # keep the script's settings, such as its learning rate
+        if "optimizer" in name:  # its settings come from the script, not the file
             state["param_groups"] = part.state_dict()["param_groups"]
         part.load_state_dict(state)
     return checkpoint["epoch"], checkpoint["step"]

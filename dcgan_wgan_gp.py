@@ -9,35 +9,38 @@ scores of its fakes:
 C could make this difference as large as it likes by scaling its scores. So its slope,
 the norm of its gradient with respect to an image, is limited to 1: the scores of two
 images then differ by no more than the distance between the two. (Such a C is called
-1-Lipschitz.) By the Kantorovich-Rubinstein theorem, the largest difference that such a
-C can reach is the Wasserstein distance: if each fake is paired with a real image so
-that the mean distance in the pairs is as small as can be, it is this mean.
+1-Lipschitz.) The largest difference that such a C can reach then tells how far fakes
+are from real images. Pair each fake with a real image, so that the mean distance in the
+pairs is as small as can be. By the Kantorovich-Rubinstein theorem, this mean, called
+the Wasserstein distance, is that largest difference.
 
-Once D is sure of every fake, a better fake gets the same answer, and G learns little.
+Once D catches every fake, a better fake gets the same answer, and G learns little.
 The Wasserstein distance still shrinks as fakes come closer to real images, and C's
 gradient shows G which way that is.
 
 WGAN limits the slope by clipping C's weights, which favours a C that is too simple.
 WGAN-GP adds a penalty to C's loss instead, for each slope that is not 1. Slopes below 1
-count as well: a C that is flatter between the two of a pair does not reach the largest
-difference. A penalty is no strict limit, so the difference that C reaches can be larger
-than the distance, and compares only between runs with the same settings.
+count as well: the best C gives the two images of each such pair scores that differ by
+their whole distance, and its slope between the two is 1. A penalty is no strict limit:
+the difference that C reaches can be larger than the Wasserstein distance, and can be
+compared only between runs with the same settings.
 
 Papers:  DCGAN https://arxiv.org/abs/1511.06434, WGAN https://arxiv.org/abs/1701.07875,
-         WGAN-GP https://arxiv.org/abs/1704.00028 (with LayerNorm in C, batches of 64
-         and a rate of 1e-4)
+         WGAN-GP https://arxiv.org/abs/1704.00028 (which has LayerNorm in C, batches of
+         64 and a rate of 1e-4)
 Run:     python dcgan_wgan_gp.py; after Ctrl-C, the same command resumes
 Watch:   pictures in samples/dcgan_wgan_gp_cifar10; for curves, run tensorboard
          --logdir runs in this folder, and open the address that it prints
-Expect:  colours after one epoch, which takes 7 to 20 minutes on a CPU; after five,
+Expect:  colours after one epoch, which takes 7 to 30 minutes on a CPU; after five,
          objects that stand out from a background
-Healthy: critic/estimate, the difference above, and critic/gradient_norm, C's mean
+Healthy: critic/estimate, the mean of C(x) - C(G(z)), and critic/gradient_norm, C's mean
          slope, rise for some hundred steps, to about 38 and 1.9. They fall as the fakes
          come closer, in five epochs to about 5 and 1.2. It is unhealthy if they keep
          rising. loss/generator says nothing: adding a number to all scores changes it,
          but not C's loss. distance, which compares pixels, falls to 0.03 in an epoch
 Draw:    set TRAIN = False and TEST = True in config.py, and run this script again
-Change:  edited settings count from the next start on; try other layers in a copy
+Change:  edit a setting, and the next start goes on with it: more EPOCHS train longer.
+         To compare settings, or to try other layers or another NOISE_DIM, use a copy
 """
 
 import glob
@@ -74,7 +77,7 @@ CHANNELS = 1 if DATASET == "mnist" else 3  # 1 makes the pictures of a folder gr
 LOG_EVERY = 20  # steps between two points of a curve
 PICTURES = 1000  # fakes after each epoch, for the distance; 64 of them are shown
 
-# Names the results, so that a copy has its own, and so has another data set
+# Names the results, so that each copy and each data set has its own
 NAME = f"{Path(__file__).stem}_{Path(DATASET).name}"
 CHECKPOINT = config.CALLBACKS_PATH / f"{NAME}.pt"
 SAMPLES = config.SAMPLES_PATH / NAME
@@ -122,10 +125,11 @@ def get_noise(count, device):
 
 # ---- Networks ----
 # In the layers, 4, 2, 1 are kernel size, stride and padding: convolutions then halve
-# the sides, and transposed ones, which conv_gan.py explains, double them. DCGAN begins
-# with weights of standard deviation 0.02; PyTorch's default worked as well here.
+# height and width, and transposed ones (see conv_gan.py) double them. With 4 alone, 1x1
+# becomes 4x4, or 4x4 becomes 1x1. DCGAN begins with weights of standard deviation 0.02;
+# PyTorch's default worked as well here.
 class Generator(nn.Module):
-    """Turn noise (N, NOISE_DIM, 1, 1) into images (N, CHANNELS, 64, 64), -1 to 1."""
+    """Turn noise (N, NOISE_DIM, 1, 1) into images from -1 to 1, as normalize does."""
 
     def __init__(self):
         super().__init__()
@@ -186,16 +190,17 @@ class Critic(nn.Module):
 def gradient_penalty(critic, real, fake):
     """Return PENALTY_WEIGHT times the mean of (slope - 1)^2, and the mean slope.
 
-    The second term of WGAN-GP's equation 3. Nobody knows which fake would move to which
-    real image, so the paper pairs them at random, and takes a random point between the
-    two of each pair. real and fake: (N, CHANNELS, SIZE, SIZE).
+    The penalty term of WGAN-GP's equation 3. Nobody knows the best pairs, so the paper
+    pairs fakes and real images at random, and takes a random point between the two.
+    real and fake: (N, CHANNELS, SIZE, SIZE).
     """
-    alpha = torch.rand_like(real[:, :1, :1, :1])  # from 0 to 1, one for each pair
+    alpha = torch.rand_like(real[:, :1, :1, :1])  # (N, 1, 1, 1), from 0 to 1
     mixed = alpha * real + (1 - alpha) * fake
     mixed.requires_grad_()  # to differentiate C(mixed) with respect to it
     # Each score depends on its own image alone, so the gradient of their sum holds the
     # gradient of each. C learns from the slopes, so backward() has to differentiate
-    # these gradients once more: create_graph keeps what that needs.
+    # these gradients once more: create_graph keeps what that needs. grad() returns a
+    # tuple, with the gradients for each input.
     scores = critic(mixed)
     gradients = torch.autograd.grad(scores.sum(), mixed, create_graph=True)[0]
     slopes = gradients.flatten(1).norm(dim=1)  # (N,)
@@ -203,8 +208,8 @@ def gradient_penalty(critic, real, fake):
 
 
 def get_critic_loss(real_output, fake_output, penalty):
-    """Return C's loss from its scores (N, 1, 1, 1): the mean of fakes minus the mean of
-    real images, plus the penalty."""
+    """Return C's loss from its scores (N, 1, 1, 1): the mean for fakes minus the mean
+    for real images, plus the penalty."""
     return fake_output.mean() - real_output.mean() + penalty
 
 
@@ -218,7 +223,8 @@ def train_step(real, generator, critic, gen_optimizer, critic_optimizer):
     """Update C CRITIC_STEPS times, each with its share of the real images, then G once.
 
     real: (CRITIC_STEPS * N, CHANNELS, SIZE, SIZE)
-    Return the values of TensorBoard's curves: {name: tensor of one number}.
+    Return the values of TensorBoard's curves, those of C from its last step:
+    {name: tensor of one number}.
     """
     generator.train()  # back to training mode: draw() switches to evaluation mode
 
@@ -252,7 +258,7 @@ def train_step(real, generator, critic, gen_optimizer, critic_optimizer):
 
 # ---- Training ----
 def train():
-    """Repeat train_step up to EPOCHS, resuming from the checkpoint if there is one."""
+    """Train up to EPOCHS, and resume from the checkpoint if there is one."""
     gpu = torch.accelerator.current_accelerator(check_available=True)  # or None
     device = config.DEVICE or gpu or "cpu"
     torch.manual_seed(config.SEED)
@@ -271,13 +277,13 @@ def train():
     epochs_done, step = 0, 0
     if config.LOAD and CHECKPOINT.exists():
         epochs_done, step = load_checkpoint(parts)
-    print(f"{epochs_done} of {EPOCHS} epochs are done. To train longer, raise EPOCHS.")
+    print(f"{epochs_done} of {EPOCHS} epochs are done.")
     if epochs_done >= EPOCHS:
         return
 
     print(f"Training on {device}. Pictures are in {SAMPLES}.", flush=True)
     images = load_images().to(device)
-    # TensorBoard hides an older run's points: those after the checkpoint, or all.
+    # TensorBoard hides what an older run wrote from purge_step on; 0 hides all of it.
     purge_step = step + 1 if step else 0
     writer = SummaryWriter(config.TENSORBOARD_PATH / NAME, purge_step=purge_step)
     if epochs_done == 0:
@@ -356,11 +362,11 @@ def draw(generator, noise):
 def get_distance(fakes, reals):
     """Return the sliced Wasserstein distance of fakes and equally many real pictures.
 
-    The dot product with a random direction turns each picture into one number. Sorted,
-    the numbers of both sets nearly agree if the sets are distributed alike. This is the
-    root of their mean squared difference, over 256 directions: 0.03 to 0.05 for random
-    sets of 1,000 real digits, above 0.1 for fakes that look alike, are pale, or noise.
-    It hardly sees fine strokes, so pictures get better after it has stopped falling.
+    The dot product with a random direction turns each picture into one number. If both
+    sets are distributed alike, their smallest numbers nearly agree, and so do the
+    second smallest, and so on. The distance is the root of the mean squared difference
+    of these pairs, over 256 directions: about 0.02 for two sets of 1,000 real digits,
+    above 0.1 if fakes look alike, are pale, or noise. It hardly sees fine strokes.
     """
     directions = nn.functional.normalize(torch.randn(fakes[0].numel(), 256), dim=0)
     fakes = (fakes.flatten(1) @ directions).sort(dim=0).values
@@ -398,10 +404,10 @@ def save_checkpoint(parts, epoch, step):
 def load_checkpoint(parts):
     """Load the state of each part. Return the numbers of completed epochs and steps."""
     print(f"Loading {CHECKPOINT}. To start anew, move it away.", flush=True)
-    checkpoint = torch.load(CHECKPOINT, map_location="cpu")  # works without its GPU too
+    checkpoint = torch.load(CHECKPOINT, map_location="cpu")  # its GPU is not needed
     for name, part in parts.items():
         state = checkpoint[name]
-        if "optimizer" in name:  # keep the script's settings, such as its learning rate
+        if "optimizer" in name:  # its settings come from the script, not the file
             state["param_groups"] = part.state_dict()["param_groups"]
         part.load_state_dict(state)
     return checkpoint["epoch"], checkpoint["step"]

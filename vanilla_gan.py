@@ -7,19 +7,20 @@ from fakes, and G learns to fool D:
     min over G, max over D:   mean of log D(x)  +  mean of log(1 - D(G(z)))
 
 In code, each network minimises a loss. D's is this sum times -1/2. G's is not the last
-term, but the mean of -log D(G(z)): get_gen_loss says why. If G were perfect, D could
-only guess. D(x) would be 1/2 everywhere, and both losses log 2 = 0.69.
+term, but the mean of -log D(G(z)): get_gen_loss says why. If G were perfect, the best D
+could only guess. D(x) would be 1/2 everywhere, and both losses log 2 = 0.69.
 
 Paper:   Goodfellow et al. 2014, equation 1, https://arxiv.org/abs/1406.2661
 Run:     python vanilla_gan.py; after Ctrl-C, the same command resumes
 Watch:   pictures in samples/vanilla_gan; for curves, run tensorboard --logdir runs
          in this folder, and open the address that it prints
-Expect:  digits after 5 epochs, good ones after 12; all 50 take 3 to 8 minutes on a CPU
-Healthy: D's loss is 0.6 to 0.69, G's 0.7 to 1, and distance (of fakes from real images)
-         falls to 0.04. If D's loss stays near 0, D has won: no small change to a fake
-         makes D doubt any more, so G no longer learns what would make fakes better
+Expect:  digits after 5 epochs, good ones after 12; all 50 take 3 to 10 minutes on a CPU
+Healthy: D's loss stays at 0.6 to 0.69, G's at 0.7 to 1, and distance (of fakes from
+         real images) falls to 0.03. If D's loss stays near 0, D has won: it catches
+         every fake, whatever G tries, and fakes get no better
 Draw:    set TRAIN = False and TEST = True in config.py, and run this script again
-Change:  edited settings count from the next start on; try other layers in a copy
+Change:  edit a setting, and the next start goes on with it: more EPOCHS train longer.
+         To compare settings, or to try other layers or another NOISE_DIM, use a copy
 """
 
 import sys
@@ -39,8 +40,9 @@ import config
 EPOCHS = 50  # passes over the training images
 BATCH_SIZE = 128  # real images in a step, and equally many fakes
 LEARNING_RATE = 3e-4  # Adam's step size
-# How much Adam remembers: nothing (0.0) of past gradients, which were computed against
-# an older opponent, and much (0.999, the default) of their squares, which scale steps.
+# Adam steps along an average of past gradients, divided by the root of an average of
+# their squares. BETAS say how much these remember: nothing (0.0, not 0.9) of gradients,
+# which come from an older opponent, and much (0.999, the default) of squares.
 BETAS = (0.0, 0.999)
 NOISE_DIM = 64  # random numbers from which G makes one image
 # Pixels from 0 to 1 become (pixel - mean) / std: -1 to 1 here, the range of G's tanh.
@@ -65,7 +67,7 @@ def get_batches(count, device):
     """Return the image indices of each step in an epoch: tensors (BATCH_SIZE,).
 
     All images are in memory, so no DataLoader is needed. Each comes once, in random
-    order. The last few, if they fill no batch, are skipped, unless there is no other.
+    order. An incomplete last batch is left out, unless it is the only one.
     """
     steps = max(1, count // BATCH_SIZE)
     return torch.randperm(count, device=device).split(BATCH_SIZE)[:steps]
@@ -120,10 +122,11 @@ class Discriminator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # No BatchNorm: it would hide from D that fakes and real images differ in mean.
+        # Real images and fakes come in separate batches. BatchNorm would give both the
+        # same mean, and so hide a difference from D.
         self.layers = nn.Sequential(
             nn.Linear(28 * 28, 256),  # (N, 256)
-            nn.LeakyReLU(0.2),  # G learns through D: where ReLU is flat, this is not
+            nn.LeakyReLU(0.2),  # G's gradients come through D; ReLU blocks some of them
             nn.Linear(256, 128),  # (N, 128)
             nn.LeakyReLU(0.2),
             nn.Linear(128, 64),  # (N, 64)
@@ -150,8 +153,11 @@ def get_disc_loss(real_output, fake_output):
 def get_gen_loss(fake_output):
     """Return G's loss from D's outputs for fakes (N, 1), which G wants to be 1.
 
-    As the paper advises, this is -log D(G(z)): steep near 0, where D is sure of a fake.
-    D's sigmoid is flat there, and with equation 1's log(1 - D), G would hardly learn.
+    By the chain rule, G's gradient contains the slope of this loss, times the slope of
+    D's sigmoid. Where D is sure of a fake, D(G(z)) is near 0, and so is the sigmoid's
+    slope. Equation 1's log(1 - D(G(z))) has slope -1 there: the product is near 0, and
+    G hardly learns. As the paper advises, this is -log D(G(z)). It has slope
+    -1 / D(G(z)), and the product is near -1.
     """
     return bce(fake_output, torch.ones_like(fake_output))
 
@@ -190,7 +196,7 @@ def train_step(real, generator, discriminator, gen_optimizer, disc_optimizer):
 
 # ---- Training ----
 def train():
-    """Repeat train_step up to EPOCHS, resuming from the checkpoint if there is one."""
+    """Train up to EPOCHS, and resume from the checkpoint if there is one."""
     gpu = torch.accelerator.current_accelerator(check_available=True)  # or None
     device = config.DEVICE or gpu or "cpu"
     torch.manual_seed(config.SEED)
@@ -209,13 +215,13 @@ def train():
     epochs_done, step = 0, 0
     if config.LOAD and CHECKPOINT.exists():
         epochs_done, step = load_checkpoint(parts)
-    print(f"{epochs_done} of {EPOCHS} epochs are done. To train longer, raise EPOCHS.")
+    print(f"{epochs_done} of {EPOCHS} epochs are done.")
     if epochs_done >= EPOCHS:
         return
 
     print(f"Training on {device}. Pictures are in {SAMPLES}.", flush=True)
     images = load_images().to(device)
-    # TensorBoard hides an older run's points: those after the checkpoint, or all.
+    # TensorBoard hides what an older run wrote from purge_step on; 0 hides all of it.
     purge_step = step + 1 if step else 0
     writer = SummaryWriter(config.TENSORBOARD_PATH / NAME, purge_step=purge_step)
     if epochs_done == 0:
@@ -257,11 +263,11 @@ def draw(generator, noise):
 def get_distance(fakes, reals):
     """Return the sliced Wasserstein distance of fakes and equally many real pictures.
 
-    The dot product with a random direction turns each picture into one number. Sorted,
-    the numbers of both sets nearly agree if the sets are distributed alike. This is the
-    root of their mean squared difference, over 256 directions: 0.03 to 0.05 for random
-    sets of 1,000 real digits, above 0.1 for fakes that look alike, are pale, or noise.
-    It hardly sees fine strokes, so pictures get better after it has stopped falling.
+    The dot product with a random direction turns each picture into one number. If both
+    sets are distributed alike, their smallest numbers nearly agree, and so do the
+    second smallest, and so on. The distance is the root of the mean squared difference
+    of these pairs, over 256 directions: about 0.02 for two sets of 1,000 real digits,
+    above 0.1 if fakes look alike, are pale, or noise. It hardly sees fine strokes.
     """
     directions = nn.functional.normalize(torch.randn(fakes[0].numel(), 256), dim=0)
     fakes = (fakes.flatten(1) @ directions).sort(dim=0).values
@@ -299,10 +305,10 @@ def save_checkpoint(parts, epoch, step):
 def load_checkpoint(parts):
     """Load the state of each part. Return the numbers of completed epochs and steps."""
     print(f"Loading {CHECKPOINT}. To start anew, move it away.", flush=True)
-    checkpoint = torch.load(CHECKPOINT, map_location="cpu")  # works without its GPU too
+    checkpoint = torch.load(CHECKPOINT, map_location="cpu")  # its GPU is not needed
     for name, part in parts.items():
         state = checkpoint[name]
-        if "optimizer" in name:  # keep the script's settings, such as its learning rate
+        if "optimizer" in name:  # its settings come from the script, not the file
             state["param_groups"] = part.state_dict()["param_groups"]
         part.load_state_dict(state)
     return checkpoint["epoch"], checkpoint["step"]
