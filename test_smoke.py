@@ -42,7 +42,7 @@ def small(tmp_path, monkeypatch):
         values |= {"EPOCHS": 3, "BATCH_SIZE": 24, "PICTURES": 80, "LOG_EVERY": 1}
         values |= {"CHECKPOINT": folder / "new/a.pt", "SAMPLES": folder / "new/er"}
         if script is W:
-            values.update(DATASET="mnist", CHANNELS=1, FEATURES=4, CRITIC_STEPS=2)
+            values.update(DATASET="mnist", CHANNELS=1, FEATURES=2, CRITIC_STEPS=2)
         for key, value in (values | settings).items():
             monkeypatch.setattr(config if hasattr(config, key) else script, key, value)
         return script
@@ -101,7 +101,7 @@ def test_a_run_and_what_it_leaves(script, small, monkeypatch, capsys, tmp_path):
     assert len(pictures) == 5 and "epoch_0000.png" in pictures
 
 
-# In epoch 1, and in epoch 2: in D's update, while saving, in G's update, before renaming
+# In epoch 1; in epoch 2: in D's update, while saving, in G's update, before renaming
 PLACES = (V, Adam, "step", 7), (V, Adam, "step", 13), (B, torch, "save", 2)
 PLACES += (C, Adam, "step", 14), (W, Path, "replace", 2)
 
@@ -180,22 +180,22 @@ def test_shapes_and_ranges(script, small):
 def test_distance():
     torch.manual_seed(0)
     fakes, reals = (MNIST.data[torch.randperm(60000)[:2000]] / 255).split(1000)
-    assert V.get_distance(reals.flip(0), reals) < 1e-6 < V.get_distance(fakes, reals)
-    assert V.get_distance(fakes, reals) < 0.05
+    assert V.get_distance(reals.flip(0), reals) < 1e-6
+    assert 0.015 < V.get_distance(fakes, reals) < 0.03
     digits = [MNIST.data[MNIST.targets == digit][:1000] / 255 for digit in range(10)]
     bad = fakes[:1].expand(1000, -1, -1), torch.rand(1000, 28, 28), fakes / 2, *digits
     assert min(V.get_distance(fakes, reals) for fakes in bad) > 0.07
 
 
 def test_vanilla_gan_learns():
-    """0.09 to 0.10; 0.28 or more without BatchNorm, 0.35 with 0.9 in BETAS."""
+    """0.12; 0.28 or more without BatchNorm, 0.40 or more with 0.9 in BETAS."""
     torch.manual_seed(0)
     networks, settings = (V.Generator(), V.Discriminator()), (V.LEARNING_RATE, V.BETAS)
     optimizers = [Adam(network.parameters(), *settings) for network in networks]
-    for indices in V.get_batches(60000, "cpu")[:400]:
+    for indices in V.get_batches(60000, "cpu")[:200]:
         V.train_step(V.normalize(MNIST.data[indices]), *networks, *optimizers)
     fakes = V.draw(networks[0], V.get_noise(1000, "cpu"))
-    assert V.get_distance(fakes, MNIST.data[:1000] / 255) < 0.15
+    assert V.get_distance(fakes, MNIST.data[:1000] / 255) < 0.18
 
 
 @pytest.mark.parametrize("s", [16.0, 17.0, -27.0, -30.0, -40.0])
@@ -246,7 +246,7 @@ def test_drawing_changes_nothing_else(script, small, tmp_path):
     assert samples[0] == samples[1] != samples[2]
 
 
-def test_the_main_job_as_a_user_runs_it(tmp_path):
+def test_the_main_job_as_a_user_runs_it(tmp_path, monkeypatch, capsys):
     raw, script = tmp_path / "data/MNIST/raw", tmp_path / "vanilla_gan.py"
     raw.mkdir(parents=True)
     for path in (config.DATA_PATH / "MNIST/raw").glob("*-ubyte"):
@@ -254,14 +254,21 @@ def test_the_main_job_as_a_user_runs_it(tmp_path):
         (raw / path.name).write_bytes(data[:4] + (120).to_bytes(4, "big") + data[8:end])
     text = Path(V.__file__).read_text("utf-8")
     script.write_text(text.replace("\nEPOCHS = ", "\nEPOCHS = 2  #"), "utf-8")
-    samples = []
-    for settings in "TEST, DEVICE = True, 'cpu'", "TRAIN, TEST, SEED = False, True, 1":
-        text = Path(config.__file__).read_text("utf-8") + settings
-        (tmp_path / "config.py").write_text(text, "utf-8")
-        subprocess.run([sys.executable, script], cwd=raw, check=True)
-        samples.append(files(tmp_path / "samples/vanilla_gan"))
-    assert samples[0].pop("test.png") != samples[1].pop("test.png")
-    assert samples[0] == samples[1] and "epoch_0002.png" in samples[0]
+    text = Path(config.__file__).read_text("utf-8") + "TEST, DEVICE = True, 'cpu'"
+    (tmp_path / "config.py").write_text(text, "utf-8")
+    subprocess.run([sys.executable, script], cwd=raw, check=True)
+    first = files(tmp_path)
+    settings = {"TRAIN": False, "TEST": True, "SEED": 1}
+    settings["CALLBACKS_PATH"] = tmp_path / "checkpoints"
+    settings["SAMPLES_PATH"] = tmp_path / "samples"
+    for name, value in settings.items():
+        monkeypatch.setattr(config, name, value)
+    runpy.run_path(str(script), run_name="__main__")
+    assert "epochs" not in capsys.readouterr().out  # train() was not called
+    second = files(tmp_path)
+    drawn = "samples/vanilla_gan/test.png"
+    assert first.pop(drawn) != second.pop(drawn)
+    assert first == second and "samples/vanilla_gan/epoch_0002.png" in first
 
 
 def test_bad_checkpoints_harm_no_file(small, tmp_path, capsys):
